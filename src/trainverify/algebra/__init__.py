@@ -1,0 +1,1 @@
+"""Number domains in which the op table is evaluated: real, field, terms."""
