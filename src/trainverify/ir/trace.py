@@ -12,6 +12,8 @@ from typing import Union
 
 import msgspec
 
+from trainverify.diagnostics import Span
+
 
 class TensorRef(msgspec.Struct, frozen=True, array_like=True, tag="t", gc=False):
     """A tensor as read or written at one use. `offset` and `stride` count elements of `dtype` ("float32", "int64", ...)."""
@@ -111,19 +113,6 @@ class OpCall(msgspec.Struct, array_like=True):
         """Where a row's results go, in order: returned tensors, then tensors written but not returned."""
         outs = tuple(tensors(self.outs))
         return outs + tuple(w for w in self.writes if w not in outs)
-
-
-class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Where a call comes from: the innermost user frame; for a backward call, the frame of the forward call that it differentiates."""
-
-    file: str
-    line: int
-    function: str
-    module: str = ""                          # module path, "layers.0.attn.wq"
-    phase: str = "forward"                    # setup, forward, backward, optimizer, hook
-    step: int = 0                             # 0 before the first step
-    stack: tuple[tuple[str, int, str], ...] = ()   # outer user frames, innermost first
-    microbatch: int = -1
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

@@ -1,0 +1,122 @@
+"""The one report model behind every format (text, json, ...). Plain data, no torch; the JSON schema is generated from it."""
+from __future__ import annotations
+
+import msgspec
+
+from trainverify.diagnostics import Diagnostic, Span
+
+SCHEMA_VERSION = 1
+VERDICTS = ("PROVED", "REFUTED", "UNKNOWN", "ERROR")
+
+
+class OutputResult(msgspec.Struct, frozen=True):
+    """Verdict on one output. kind: scalar, gradient, parameter, buffer, state; name as in the reference; ranks that hold it.
+
+    reason says why it is not PROVED; layout is what was found ("shard(dp) x replicate(tp)", "replicated"); algebra is what is
+    wrong in algebra ("2 x the reference"); finding is the index of the finding that explains it, or -1.
+    """
+
+    kind: str
+    name: str
+    step: int
+    ranks: tuple[int, ...]
+    verdict: str
+    reason: str = ""
+    layout: str = ""
+    algebra: str = ""
+    finding: int = -1
+
+
+class Witness(msgspec.Struct, frozen=True):
+    """Concrete values, replayed in float64, on which the sides differ."""
+
+    output: str                               # "norm.weight.grad[0], step 1"
+    reference: float
+    parallel: tuple[tuple[int, float], ...]   # (rank, value)
+
+
+class Operand(msgspec.Struct, frozen=True):
+    """An operand of the operation that a finding names: its role, shape and lineage in words."""
+
+    role: str                                 # "input 0", "result"
+    shape: tuple[int, ...]
+    dtype: str
+    lineage: str
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One cause: the first operation whose inputs agree with the reference and whose result does not (or a fault of the program)."""
+
+    diagnostic: Diagnostic
+    op: str = ""
+    modules: tuple[str, ...] = ()
+    used_at: tuple[Span, ...] = ()
+    algebra: str = ""
+    operands: tuple[Operand, ...] = ()
+    explains: int = 0                         # number of outputs
+    witnesses: tuple[Witness, ...] = ()
+
+
+class Assumption(msgspec.Struct, frozen=True):
+    """Something the verdict rests on; places are source lines or names."""
+
+    code: str                                 # A1, A2, ...
+    text: str
+    places: tuple[str, ...] = ()
+
+
+class Phase(msgspec.Struct, frozen=True):
+    name: str                                 # capture reference, capture parallel, conformance, replay, compare, ...
+    seconds: float
+    detail: str = ""
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """Which reference elements one parallel parameter holds (per rank)."""
+
+    name: str
+    rank: int
+    shape: tuple[int, ...]
+    source: str                               # "layers.0.wq.weight[0:8, :]"
+    elements: int
+    bound: int                                # elements that are reference elements (the rest is padding or unbound)
+
+
+class Report(msgspec.Struct):
+    """Everything one run established."""
+
+    verdict: str = "UNKNOWN"
+    spec: str = ""
+    case: dict[str, str | int | float | bool] = {}
+    ranks: int = 0
+    mesh: str = ""                            # "dp=3 x tp=2" where known
+    steps: int = 0
+    seed: int = 0
+    outputs: list[OutputResult] = []
+    findings: list[Finding] = []
+    diagnostics: list[Diagnostic] = []        # faults, coverage, bindings, everything that is no difference
+    warnings: list[Diagnostic] = []           # weak spec
+    assumptions: list[Assumption] = []
+    not_run: list[str] = []
+    bindings: list[Binding] = []
+    bound: tuple[int, int] = (0, 0)           # parameters bound to reference elements, of all
+    data: str = ""                            # "12 samples, each read once; valid tokens 61, 48, 55"
+    evidence: str = ""                        # "equal at 2 field points, error <= 2^-40"
+    phases: list[Phase] = []
+    ops: int = 0
+    elements: int = 0
+    peak_memory: int = 0                      # bytes, PSS over all processes
+    seconds: float = 0.0
+    rerun: str = ""
+    versions: dict[str, str] = {}
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def exit_code(self) -> int:
+        """0 PROVED, 1 REFUTED or the program faulted, 3 UNKNOWN, 4 our own error (2, usage, never reaches a report)."""
+        if self.verdict == "ERROR":
+            return 4 if any(d.severity == "internal" for d in self.diagnostics) else 1
+        return {"PROVED": 0, "REFUTED": 1, "UNKNOWN": 3}[self.verdict]
+
+    def count(self, verdict: str) -> int:
+        return sum(o.verdict == verdict for o in self.outputs)
