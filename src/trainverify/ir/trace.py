@@ -3,7 +3,20 @@
 A *program* is one side (reference or parallel): one `Trace` per rank. A trace is a memory model, not SSA: every op call
 names the storages it touched through `TensorRef`s, so views, `.data =`, in-place ops and flat buffers need no op of their
 own. Everything that happened in Python and matters later (a tracked scalar's arithmetic, a wait, an output to compare) is
-an op call too, in the namespace `tv`, at its place in the order.
+an op call too, in the namespace `tv`, at its place in the order:
+
+tv.symbol(kind, name, ref)        from here on `ref` holds the symbols `name` in contiguous element order; kind is weight, buffer, batch
+                                  or state. Reference: writes=(ref,), the tagged values are blob `symbol.<name>`. Parallel: a tensor
+                                  that was handed over by us (ref.weights, ref.batch), bound by identity.
+tv.param(name, ref)               a model parameter or buffer of Training.model when parallel() or reference() returned
+tv.stepped(name, ref)             a tensor that an optimizer steps, before its first step; name is the parameter's where known
+tv.step(n)                        step n (from 1) begins
+tv.output(kind, name, step, value, declare=None, group=None)   a value to compare (see Output); value: TensorRef, ScalarRef, number or None
+tv.wait(work)                     the program waited for collective `work`
+tv.scalar.item(ref)               -> ScalarRef; value= the float, bit for bit. tv.scalar.<add|sub|mul|truediv|pow|neg|abs|min|max|...>(a, b)
+tv.decision(op, a, b)             -> bool; a comparison (gt, ge, lt, le, eq, ne, bool) of tracked scalars that Python branched on
+tv.escape(how, ref or scalar)     a value left for Python untracked (float(), tolist, numpy, ...)
+tv.resize(storage, nbytes)        storage resized; contents are garbage where it grew
 """
 from __future__ import annotations
 
