@@ -1,0 +1,101 @@
+"""Algebra memory: for one rank and one algebra, what the float elements of each storage are (trusted: loads and stores follow the recorded strides)."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from trainverify.algebra.base import Algebra, Complex, V
+from trainverify.ir.trace import TensorRef
+from trainverify.replay.errors import ReplayError
+from trainverify.replay.native import NativeMemory, dtype_of
+
+FLOATS = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
+          "complex64": "float32", "complex128": "float64"}
+
+
+def is_float(dtype: str) -> bool:
+    return dtype in FLOATS
+
+
+class AlgebraMemory:
+    """Cells by storage. A storage without a cell holds plain data: its native bytes.
+
+    `bind(storage, n)` may supply the contents of a storage at its first read (symbols found by their tags).
+    """
+
+    def __init__(self, m: Algebra, native: NativeMemory, key: str, bind: Callable[[int, str], V | None]):
+        self.m, self.native, self.key, self.bind = m, native, key, bind
+        self.cells: dict[int, object] = {}
+        self.dtypes: dict[int, str] = {}
+
+    def has(self, ref: TensorRef) -> bool:
+        return ref.storage in self.cells
+
+    def _real_ref(self, ref: TensorRef) -> TensorRef:
+        """A complex reference as pairs of floats in a trailing dimension."""
+        return TensorRef(ref.storage, 2 * ref.offset, (*ref.size, 2), (*(2 * s for s in ref.stride), 1), FLOATS[ref.dtype])
+
+    def load(self, ref: TensorRef) -> V:
+        if ref.dtype.startswith("complex"):
+            pair = self.load(self._real_ref(ref))
+            n = len(ref.size)
+            index = torch.arange(1, 1 + 2 * ref.numel).reshape(*ref.size, 2)
+            return Complex(self.m.take([pair], index.select(n, 0)), self.m.take([pair], index.select(n, 1)))
+        if ref.storage not in self.cells:
+            self._open(ref)
+        self._same_width(ref)
+        return self.m.load(self.cells[ref.storage], ref.offset, ref.size, ref.stride)
+
+    def _open(self, ref: TensorRef) -> None:
+        bound = self.bind(ref.storage, ref.dtype)
+        if bound is None:
+            storage = self.native.storage(ref.storage)
+            item = dtype_of(ref.dtype).itemsize
+            flat = torch.empty(0, dtype=dtype_of(ref.dtype)).set_(storage, 0, (storage.nbytes() // item,), (1,))
+            bound = self.m.data(flat.clone())
+        self.cells[ref.storage] = self.m.cell(bound)
+        self.dtypes[ref.storage] = ref.dtype
+
+    def _same_width(self, ref: TensorRef) -> None:
+        have = self.dtypes[ref.storage]
+        if dtype_of(have).itemsize != dtype_of(ref.dtype).itemsize:
+            raise ReplayError(f"storage {ref.storage} holds {have} and is used as {ref.dtype}: reinterpreted bytes have no meaning over the reals")
+
+    def store(self, ref: TensorRef, v: V) -> None:
+        if isinstance(v, Complex):
+            n, both = ref.numel, self.m.stack([v.re, v.im])
+            index = (torch.arange(1, n + 1).reshape(ref.size).unsqueeze(-1) + torch.tensor([0, n]))
+            return self.store(self._real_ref(ref), self.m.take([both], index))
+        if tuple(v.shape) != ref.size:
+            v = self.m.expand(v, ref.size)
+        if ref.storage not in self.cells:
+            if self._covers(ref):
+                self.cells[ref.storage] = self.m.cell(self.m.garbage(f"{self.key}.{ref.storage}", self._numel(ref)))
+                self.dtypes[ref.storage] = ref.dtype
+            else:
+                self._open_for_write(ref)
+        self._same_width(ref)
+        self.cells[ref.storage] = self.m.store(self.cells[ref.storage], ref.offset, ref.size, ref.stride, v)
+
+    def _numel(self, ref: TensorRef) -> int:
+        nbytes = max(self.native.storage(ref.storage).nbytes(), self.native.trace.storages[ref.storage].nbytes)
+        return nbytes // dtype_of(ref.dtype).itemsize
+
+    def _covers(self, ref: TensorRef) -> bool:
+        return ref.numel == self._numel(ref)
+
+    def _open_for_write(self, ref: TensorRef) -> None:
+        if self.native.initial(ref.storage) is not None:
+            self._open(ref)
+        else:
+            self.forget(ref)
+
+    def forget(self, ref: TensorRef) -> None:
+        """The whole storage becomes fresh garbage."""
+        self.cells[ref.storage] = self.m.cell(self.m.garbage(f"{self.key}.{ref.storage}", self._numel(ref)))
+        self.dtypes[ref.storage] = ref.dtype
+
+    def drop(self, storage: int) -> None:
+        """The storage holds plain data again (an integer or concrete mask was written over it)."""
+        self.cells.pop(storage, None)
