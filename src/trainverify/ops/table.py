@@ -64,6 +64,10 @@ class OpTable:
         return self._memo[name]
 
     def _resolve(self, name: str) -> Resolved | None:
+        if name in self.rows:                 # tv.scalar.add has no overload
+            return Resolved(self.rows[name])
+        if name in self.rows:
+            return Resolved(self.rows[name])
         ns, op = name.split(".")[:2]
         for cand in (op, op[:-1] if op.endswith("_") and not op.endswith("__") else op):
             if f"{ns}.{cand}" in self.rows:
@@ -75,6 +79,6 @@ class OpTable:
 
 def standard_table(extra: Iterable[OpRow] = ()) -> OpTable:
     """The table of all built-in rows plus a spec's own."""
-    from trainverify.ops import attention, loss, matmul, movement, normalise, optimizer, pointwise, reduce, scalars
-    mods = (pointwise, reduce, matmul, movement, normalise, attention, loss, optimizer, scalars)
+    from trainverify.ops import attention, indexing, loss, matmul, movement, normalise, optimizer, pointwise, reduce, scalars
+    mods = (pointwise, reduce, matmul, movement, indexing, normalise, attention, loss, optimizer, scalars)
     return OpTable([r for mod in mods for r in mod.rows.items] + list(extra))
