@@ -1,0 +1,1 @@
+"""How the parallel program's values correspond to the reference's: symbols, bindings, comparison. Untrusted guesses only where said."""

@@ -75,6 +75,8 @@ class NativeMemory:
         """Execute `call`; the tensors of its targets afterwards."""
         if call.rng:
             self._random(call)
+        elif call.name.startswith("tv.scalar."):
+            self.scalars[call.outs.id] = call.kwargs["value"]
         else:
             result = self._op(call.name)(*[self.decode(a) for a in call.args], **{k: self.decode(v) for k, v in call.kwargs.items()})
             self.bind(tuple(tensors(call.outs)), _flat(result))

@@ -1,0 +1,254 @@
+"""Which reference elements each parallel output must equal, and whether it does, in each algebra.
+
+The reference fixes the list of outputs. A parallel parameter's lineage is the symbol number of each of its elements when it
+was handed over (or first stepped); gradients, updates and optimizer state are compared at the places that this lineage
+gives, never by finding an equal value somewhere.
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from trainverify.algebra.base import Algebra, V
+from trainverify.relate.symbols import Symbols
+from trainverify.replay.machine import Recorded
+from trainverify.replay.run import World
+
+Key = tuple[str, str, int]                    # kind, reference name, step
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """One rank's parameter: symbol number of each element (-1: none), in the shape of its local tensor."""
+
+    rank: int
+    name: str
+    numbers: np.ndarray
+
+    @property
+    def bound(self) -> int:
+        return int((self.numbers >= 0).sum())
+
+
+@dataclass(slots=True)
+class Piece:
+    """One rank's part of one reference output: both sides' values per algebra, and where they differ.
+
+    equal: per algebra a flat boolean tensor over the compared elements; at: their flat positions in the parallel tensor;
+    numbers: their symbol numbers (empty for scalars and for outputs matched by name).
+    """
+
+    rank: int
+    recorded: Recorded
+    at: np.ndarray
+    numbers: np.ndarray
+    reference: dict[str, V]
+    parallel: dict[str, V]
+    equal: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def wrong(self, algebra: str) -> bool:
+        return not bool(self.equal[algebra].all())
+
+
+@dataclass(slots=True)
+class Compared:
+    """One output of the reference: the pieces that ranks hold, and what is missing of it."""
+
+    key: Key
+    reference: Recorded
+    pieces: list[Piece] = field(default_factory=list)
+    missing: int = 0                          # elements that no rank holds
+    problems: list[str] = field(default_factory=list)
+    covered: np.ndarray | None = None
+
+
+class Comparison:
+    """Compares the outputs of two replayed programs in every algebra that both were replayed in."""
+
+    def __init__(self, symbols: Symbols, algebras: list[Algebra], reference: World, parallel: World):
+        self.symbols, self.algebras = symbols, algebras
+        self.reference, self.parallel = reference, parallel
+        self.every = {m.name: m.symbols("all", 0, symbols.total) for m in algebras}
+        self.ref_lineage = self._lineages(reference)
+        self.lineage = self._lineages(parallel)
+        self.compared: dict[Key, Compared] = {}
+        self.surplus: list[Recorded] = []     # parallel outputs that the reference does not have
+        self._list_outputs()
+
+    # ---- lineage
+    def _lineages(self, world: World) -> dict[tuple[int, str, str], Lineage]:
+        out = {}
+        for machine in world.machines:
+            for how, name, ref, values in machine.params:
+                out.setdefault((machine.rank, how, name), Lineage(machine.rank, name, self._numbers(values, ref.size)))
+        return out
+
+    def _numbers(self, values: dict[str, V], size: tuple[int, ...]) -> np.ndarray:
+        """Symbol numbers by tagged value, kept only where every algebra agrees that it is that symbol."""
+        real = next(m for m in self.algebras if m.name == "real")
+        flat = real.to_float(values["real"]).reshape(-1).numpy()
+        numbers = self.symbols.look_up(flat)
+        hit = np.nonzero(numbers >= 0)[0]
+        if len(hit):
+            where = torch.from_numpy(hit)
+            for m in self.algebras:
+                mine = m.take([values[m.name]], where + 1)
+                same = m.equal(mine, m.take([self.every[m.name]], torch.from_numpy(numbers[hit]) + 1))
+                numbers[hit[~same.numpy()]] = -1
+                keep = same.numpy()
+                hit, where = hit[keep], where[torch.from_numpy(keep)]
+        return numbers.reshape(size)
+
+    def lineage_of(self, rank: int, kind: str, name: str, world_ref: bool = False) -> Lineage | None:
+        table = self.ref_lineage if world_ref else self.lineage
+        base = name.split("::")[0]
+        order = ("stepped", "param") if kind in ("gradient", "state") else ("param", "stepped")
+        for how in order:
+            got = table.get((rank, how, base))
+            if got is not None:
+                return got
+        return None
+
+    # ---- reference outputs, flat over symbol numbers
+    def _list_outputs(self) -> None:
+        self.by_symbol: dict[tuple[str, str, int], list[tuple[Recorded, Lineage]]] = defaultdict(list)
+        for rec in self.reference.machines[0].outputs:
+            key = (rec.kind, rec.name, rec.step)
+            if rec.values or rec.native is not None:
+                self.compared[key] = Compared(key, rec)
+            line = self.lineage_of(self.reference.machines[0].rank, rec.kind, rec.name, world_ref=True)
+            if rec.values and line is not None and rec.ref is not None and line.numbers.shape == rec.ref.size and line.bound:
+                self.by_symbol[(rec.kind, _state_key(rec), rec.step)].append((rec, line))
+        self._plans = {}
+
+    def _plan(self, group: tuple[str, str, int]):
+        """(sources per algebra, position + 1 of each symbol number, index of the owning record) for one kind, state key and step."""
+        if group not in self._plans:
+            recs = self.by_symbol.get(group, [])
+            place = np.zeros(self.symbols.total, dtype=np.int64)
+            owner = np.full(self.symbols.total, -1, dtype=np.int64)
+            offset = 0
+            for i, (rec, line) in enumerate(recs):
+                flat = line.numbers.reshape(-1)
+                ok = flat >= 0
+                place[flat[ok]] = offset + 1 + np.nonzero(ok)[0]
+                owner[flat[ok]] = i
+                offset += flat.size
+            sources = {m.name: [rec.values[m.name] for rec, _ in recs] for m in self.algebras}
+            self._plans[group] = (recs, sources, place, owner)
+        return self._plans[group]
+
+    # ---- comparing
+    def run(self) -> list[Compared]:
+        for machine in self.parallel.machines:
+            for rec in machine.outputs:
+                self._match(rec)
+        for c in self.compared.values():
+            self._coverage(c)
+        return list(self.compared.values())
+
+    def _match(self, rec: Recorded) -> None:
+        if rec.kind == "scalar":
+            return self._by_name(rec)
+        line = self.lineage_of(rec.rank, rec.kind, rec.name)
+        if not rec.values:
+            return self._absent(rec, line)
+        if line is not None and line.bound and rec.ref is not None and line.numbers.shape == rec.ref.size:
+            return self._by_lineage(rec, line)
+        if rec.kind == "state" and line is not None and line.bound:
+            return self._state_number(rec, line)
+        if (rec.kind, rec.name, rec.step) in self.compared:
+            return self._by_name(rec)
+        self.surplus.append(rec)
+
+    def _absent(self, rec: Recorded, line: Lineage | None) -> None:
+        if line is None or not line.bound:
+            return
+        for key in self._owners(rec, line):
+            self.compared[key].problems.append(f"rank {rec.rank} has none")
+
+    def _owners(self, rec: Recorded, line: Lineage) -> list[Key]:
+        recs, _, _, owner = self._plan((rec.kind, _state_key(rec), rec.step))
+        flat = line.numbers.reshape(-1)
+        return [(recs[i][0].kind, recs[i][0].name, recs[i][0].step) for i in np.unique(owner[flat[flat >= 0]]) if i >= 0]
+
+    def _by_lineage(self, rec: Recorded, line: Lineage) -> None:
+        recs, sources, place, owner = self._plan((rec.kind, _state_key(rec), rec.step))
+        flat = line.numbers.reshape(-1)
+        held = np.nonzero(flat >= 0)[0]
+        held = held[place[flat[held]] > 0]
+        if not len(held):
+            self.surplus.append(rec)
+            return
+        owners = owner[flat[held]]
+        for i in np.unique(owners):
+            at = held[owners == i]
+            ref_rec, ref_line = recs[i]
+            c = self.compared[(ref_rec.kind, ref_rec.name, ref_rec.step)]
+            where = torch.from_numpy(at) + 1
+            index = torch.from_numpy(place[flat[at]])
+            piece = Piece(rec.rank, rec, at, flat[at], {m.name: m.take(sources[m.name], index) for m in self.algebras},
+                          {m.name: m.take([rec.values[m.name]], where) for m in self.algebras})
+            self._judge(c, piece)
+            if c.covered is None:
+                c.covered = np.zeros(ref_line.numbers.size, dtype=bool)
+                c.covered[ref_line.numbers.reshape(-1) < 0] = True
+            base = place[ref_line.numbers.reshape(-1)[ref_line.numbers.reshape(-1) >= 0]].min()
+            c.covered[place[flat[at]] - base + int(np.nonzero(ref_line.numbers.reshape(-1) >= 0)[0].min())] = True
+
+    def _state_number(self, rec: Recorded, line: Lineage) -> None:
+        """Optimizer state that is one number per parameter (step): the same on every owning parameter."""
+        key = rec.name.split("::", 1)[1]
+        flat = line.numbers.reshape(-1)
+        blocks = self.symbols.owner(np.unique(flat[flat >= 0]))
+        found = False
+        for b in np.unique(blocks):
+            for name in self._ref_names(int(b)):
+                c = self.compared.get(("state", f"{name}::{key}", rec.step))
+                if c is not None:
+                    found = True
+                    self._whole(c, rec)
+        if not found:
+            self.surplus.append(rec)
+
+    def _ref_names(self, block: int) -> list[str]:
+        first = self.symbols.blocks_in_order[block].first
+        return sorted({n for (_, _, n), line in self.ref_lineage.items() if (line.numbers == first).any()})
+
+    def _by_name(self, rec: Recorded) -> None:
+        c = self.compared.get((rec.kind, rec.name, rec.step))
+        if c is None:
+            self.surplus.append(rec)
+        elif rec.values:
+            self._whole(c, rec)
+
+    def _whole(self, c: Compared, rec: Recorded) -> None:
+        """Compare one value with the reference's as it is (shapes must agree up to broadcasting of scalars)."""
+        a, b = c.reference.values, rec.values
+        shapes = {tuple(v.shape) for v in (*a.values(), *b.values())}
+        if len(shapes) > 1 and any(np.prod(s, dtype=int) != 1 for s in shapes):
+            c.problems.append(f"rank {rec.rank} has shape {tuple(next(iter(b.values())).shape)}")
+            return
+        n = int(np.prod(next(iter(shapes)), dtype=int))
+        at = np.arange(n)
+        flat = {k: {m.name: m.reshape(v[m.name], (n,)) for m in self.algebras} for k, v in (("a", a), ("b", b))}
+        self._judge(c, Piece(rec.rank, rec, at, np.zeros(0, dtype=np.int64), flat["a"], flat["b"]))
+        c.covered = np.ones(1, dtype=bool)
+
+    def _judge(self, c: Compared, piece: Piece) -> None:
+        for m in self.algebras:
+            piece.equal[m.name] = m.equal(piece.parallel[m.name], piece.reference[m.name])
+        c.pieces.append(piece)
+
+    def _coverage(self, c: Compared) -> None:
+        if c.covered is None:
+            c.missing = -1
+        else:
+            c.missing = int((~c.covered).sum())
+
+
+def _state_key(rec: Recorded) -> str:
+    return rec.name.split("::", 1)[1] if rec.kind == "state" else ""
