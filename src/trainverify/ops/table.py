@@ -66,8 +66,6 @@ class OpTable:
     def _resolve(self, name: str) -> Resolved | None:
         if name in self.rows:                 # tv.scalar.add has no overload
             return Resolved(self.rows[name])
-        if name in self.rows:
-            return Resolved(self.rows[name])
         ns, op = name.split(".")[:2]
         for cand in (op, op[:-1] if op.endswith("_") and not op.endswith("__") else op):
             if f"{ns}.{cand}" in self.rows:
