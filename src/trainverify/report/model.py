@@ -110,10 +110,16 @@ class Report(msgspec.Struct):
     rerun: str = ""
     versions: dict[str, str] = {}
     schema_version: int = SCHEMA_VERSION
+    mode: str = "verify"                      # verify, dry-run (nothing was compared), capture
 
     @property
     def exit_code(self) -> int:
-        """0 PROVED, 1 REFUTED or the program faulted, 3 UNKNOWN, 4 our own error (2, usage, never reaches a report)."""
+        """0 PROVED, 1 REFUTED or the program faulted, 3 UNKNOWN, 4 our own error (2, usage, never reaches a report).
+
+        A capture that worked is 0: it was asked for traces, not for a verdict.
+        """
+        if self.mode == "capture" and self.verdict != "ERROR":
+            return 0
         if self.verdict == "ERROR":
             return 4 if any(d.severity == "internal" for d in self.diagnostics) else 1
         return {"PROVED": 0, "REFUTED": 1, "UNKNOWN": 3}[self.verdict]

@@ -1,0 +1,322 @@
+"""The text report: what a person reads first. Plain ASCII lines that fit 80 columns (source lines, paths and commands are never broken); colour is laid over the
+finished text for a terminal and carries no meaning of its own. Shows what the report model holds and decides nothing, not trusted."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TextIO
+
+from trainverify.diagnostics import Diagnostic, Span
+from trainverify.report.model import Finding, OutputResult, Report
+from trainverify.report.source import excerpt
+from trainverify.report.words import count_of, fold_names, join_wrapped, memory_text, number, ranks_text, short_path, wrap
+
+WIDTH = 80
+KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
+_TITLES = {"gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
+_SEVERITY = {"error": "error", "internal": "internal error", "warning": "warning", "note": "note"}
+_STATUS = {"REFUTED": "differ", "UNKNOWN": "unknown", "ERROR": "error", "PROVED": "proved"}
+
+
+def render(report: Report, *, width: int = WIDTH, saved: str = "") -> str:
+    """The whole report as text; `saved` is where the JSON report was written."""
+    sections = [
+        _header(report, width),
+        _headline(report, width),
+        *[_finding(report, i, width) for i in range(len(report.findings))],
+        *[diagnostic_lines(d, width) for d in _by_severity(report.diagnostics, ("error", "internal"))],
+        _bindings(report, width),
+        _table(report, width),
+        *[diagnostic_lines(d, width) for d in _by_severity(report.diagnostics, ("warning", "note"))],
+        _facts(report, width),
+        _summary(report, width, saved),
+    ]
+    text = "\n\n".join("\n".join(s) for s in sections if s) + "\n"
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+# ---- the first screen
+
+def _header(report: Report, width: int) -> list[str]:
+    case = ",".join(f"{k}={v}" for k, v in report.case.items())
+    parts = [f"{k} {v}" for k, v in report.versions.items() if k in ("trainverify", "torch")]
+    if report.spec:
+        parts.append(short_path(report.spec) + (f"[{case}]" if case else ""))
+    if report.ranks:
+        parts.append(count_of(report.ranks, "rank") + (f": {report.mesh}" if report.mesh else ""))
+    if report.steps:
+        parts.append(count_of(report.steps, "step"))
+    lines = join_wrapped([*parts, f"seed {report.seed}"], " | ", width)
+    if report.bound[1]:
+        lines.append(f"  bound    {report.bound[0]} of {report.bound[1]} parameters to reference elements")
+    if report.data:
+        lines += wrap("  data     ", report.data, width)
+    return lines
+
+
+def _headline(report: Report, width: int) -> list[str]:
+    lines = wrap(f"{_word(report)}: ", _says(report), width, indent=2)
+    if report.mode == "verify" and report.verdict == "UNKNOWN" and report.evidence:
+        lines += wrap("  evidence  ", f"{report.evidence}: this is evidence, not a proof", width)
+    return lines
+
+
+def _word(report: Report) -> str:
+    if report.verdict == "ERROR" or report.mode == "verify":
+        return report.verdict
+    return {"dry-run": "DRY RUN", "capture": "CAPTURED"}[report.mode]
+
+
+def _says(report: Report) -> str:
+    """The verdict in one sentence."""
+    total = len(report.outputs)
+    if report.verdict == "ERROR":
+        return _error_sentence(report)
+    if report.mode == "dry-run":
+        return "bindings and data coverage only; nothing was compared (so the exit code is not 0)"
+    if report.mode == "capture":
+        return f"{report.ops:,} operations on {count_of(report.ranks, 'rank')}; nothing was compared"
+    if report.verdict == "PROVED":
+        return f"all {total} outputs equal the reference"
+    if report.verdict == "REFUTED":
+        causes = sum(f.diagnostic.severity == "error" for f in report.findings)
+        cause = {0: "no single cause found", 1: "one cause"}.get(causes, f"{causes} causes")
+        return f"{report.count('REFUTED')} of {total} outputs differ, {cause}"
+    equal = sum(_equal_only(report, o) for o in report.outputs)
+    points = report.evidence.split(",")[0] or "equal in the field"
+    if not total:
+        return "no output was compared"
+    if equal == total:
+        return f"all {total} outputs {points}; not proved yet"
+    proved = report.count("PROVED")
+    parts = [f"{total - equal - proved} of {total} outputs are undecided (reasons below)"]
+    parts += [f"{equal} {points}, not proved yet"] if equal else []
+    parts += [f"{proved} proved"] if proved else []
+    return "; ".join(parts)
+
+
+def _error_sentence(report: Report) -> str:
+    faults = _by_severity(report.diagnostics, ("internal", "error"))
+    if any(d.severity == "internal" for d in faults):
+        return "TrainVerify itself failed; this is our fault and says nothing about the program"
+    what = "the spec cannot be used" if faults and faults[0].code.startswith("SPEC") else "the program cannot run"
+    return f"{what}: {faults[0].message}" if faults else what
+
+
+def _equal_only(report: Report, o: OutputResult) -> bool:
+    """Whether an unknown output is one that the evidence calls equal and only a proof is missing."""
+    return o.verdict == "UNKNOWN" and (o.reason.startswith("equal ") or bool(report.evidence) and o.reason == report.evidence)
+
+
+def _by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -> list[Diagnostic]:
+    return [d for s in severities for d in diagnostics if d.severity == s]
+
+
+# ---- one diagnostic or finding
+
+def diagnostic_lines(d: Diagnostic, width: int = WIDTH, op: str = "", extra: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """One diagnostic: what is wrong, where, the source line, then what is known about it. `extra` holds further (label, text)."""
+    lines = wrap(f"{_SEVERITY.get(d.severity, d.severity)}[{d.code}]: ", d.message, width, indent=2)
+    if d.span:
+        lines += _place(d.span, d.ranks, op, width)
+    elif d.ranks:
+        lines.append(f"  --> {ranks_text(d.ranks)}")
+    for label, text in [*extra, *[("", n) for n in d.notes], *([("help:", d.fix)] if d.fix else [])]:
+        lines += wrap(f"   = {label:<12} " if label else "   = ", text, width)
+    return lines
+
+
+def _place(span: Span, ranks: Sequence[int], op: str, width: int) -> list[str]:
+    where = [span.phase, *([f"step {span.step}"] if span.step else []),
+             *([f"microbatch {span.microbatch}"] if span.microbatch >= 0 else []), *([ranks_text(ranks)] if ranks else [])]
+    inside = f" in {span.function}" if span.function else ""
+    lines = [f"  --> {short_path(span.file)}:{span.line}{inside} ({'; '.join(where)})"]
+    if len(lines[0]) > width:
+        lines = [f"  --> {short_path(span.file)}:{span.line}{inside}", f"      ({'; '.join(where)})"]
+    # A backward call's span is its forward line: only an op that names its forward op says which part of that line.
+    shown = excerpt(span.file, span.line, op if span.phase != "backward" or "backward" in op else "")
+    if shown:
+        gutter = max(3, len(str(shown.line)))
+        lines += [f"{'':{gutter}}|", f"{shown.line:<{gutter}}| {shown.text}", f"{'':{gutter}}| {shown.carets}"]
+    return lines
+
+
+def _finding(report: Report, index: int, width: int) -> list[str]:
+    f = report.findings[index]
+    span = f.diagnostic.span
+    modules = f.modules or ((span.module,) if span and span.module else ())
+    extra = []
+    if modules:
+        extra.append(("modules:", ", ".join(fold_names(modules))))
+    if f.op:
+        extra.append(("operation:", f.op))
+    extra += [(f"{o.role}:", f"{list(o.shape)} {o.dtype}" + (f", {o.lineage}" if o.lineage else "")) for o in f.operands]
+    extra += [("used at:", f"{short_path(s.file)}:{s.line}" + (f" in {s.function}" if s.function else "")) for s in f.used_at]
+    if span and span.stack:
+        extra.append(("called from:", " < ".join(f"{short_path(file)}:{line} {name}" for file, line, name in span.stack)))
+    if f.algebra:
+        extra.append(("algebra:", f.algebra))
+    if f.explains:
+        extra.append(("explains:", count_of(f.explains, "output") + _explained_kinds(report, index)))
+    return diagnostic_lines(f.diagnostic, width, f.op, extra) + _counterexample(f, width)
+
+
+def _explained_kinds(report: Report, index: int) -> str:
+    outs = [o for o in report.outputs if o.finding == index]
+    kinds = {k: sum(o.kind == k for o in outs) for k in dict.fromkeys(o.kind for o in outs)}
+    return ": " + ", ".join(f"{n} {_TITLES.get(k, k + 's') if n > 1 else k}" for k, n in kinds.items()) if kinds else ""
+
+
+def _counterexample(f: Finding, width: int) -> list[str]:
+    """Values on which the sides differ; ranks that hold the same value stand together."""
+    if not f.witnesses:
+        return []
+    lines = ["", "  counterexample (float64, replayed)"]
+    pad = max(len(w.output) for w in f.witnesses)
+    for w in f.witnesses:
+        by_value: dict[str, list[int]] = {}
+        for rank, x in w.parallel:
+            by_value.setdefault(number(x), []).append(rank)
+        parts = [f"reference: {number(w.reference)}", *[f"{ranks_text(ranks)}: {value}" for value, ranks in by_value.items()]]
+        joined = join_wrapped([f"    {w.output:<{pad}}   {parts[0]}", *parts[1:]], "   ", width, " " * 8)
+        lines += joined
+    return lines
+
+
+# ---- bindings and the table of outputs
+
+def _bindings(report: Report, width: int) -> list[str]:
+    """A dry run lists every binding; else only the parameters that hold elements which are not the reference's."""
+    rows = [b for b in report.bindings if report.mode == "dry-run" or b.bound < b.elements]
+    if not rows:
+        return []
+    groups: dict[tuple, list[int]] = {}
+    for b in rows:
+        groups.setdefault((b.name, b.shape, b.source, b.bound, b.elements), []).append(b.rank)
+    title = "bindings (parameter, its shape on a rank, the reference elements it holds)"
+    lines = [f"  {title if report.mode == 'dry-run' else 'parameters that hold more than reference elements'}"]
+    for (name, shape, source, bound, elements), ranks in groups.items():
+        held = "" if bound == elements else f" ({bound} of {elements} elements)"
+        lines += wrap(f"    {name}{list(shape)} ", f"= {source or 'no reference element'}{held}, {ranks_text(ranks)}", width, indent=6)
+    return lines
+
+
+def _table(report: Report, width: int) -> list[str]:
+    """Outputs by kind: how many, in which layouts, and under each kind what is not proved, with its reason and every name."""
+    if not report.outputs:
+        return []
+    kinds = [*KINDS, *sorted({o.kind for o in report.outputs} - set(KINDS))]
+    groups = [(k, [o for o in report.outputs if o.kind == k]) for k in kinds]
+    groups = [(_title(k, outs), outs) for k, outs in groups if outs]
+    pad = max(20, *[len(t) for t, _ in groups])
+    lines = [f"  {'output':<{pad}}  {'count':>6}   layout found"]
+    for title, outs in groups:
+        layouts: dict[str, int] = {}
+        for o in outs:
+            layouts[o.layout or "none found"] = layouts.get(o.layout or "none found", 0) + 1
+        names = list(layouts) if len(layouts) == 1 else [f"{n} {layout}" for layout, n in sorted(layouts.items(), key=lambda kv: -kv[1])]
+        lines += wrap(f"  {title:<{pad}}  {len(outs):>6}   ", ", ".join(names), width)
+        lines += _not_proved(report, outs, pad, width)
+    return lines
+
+
+def _title(kind: str, outs: Sequence[OutputResult]) -> str:
+    """The row's first column: scalars by name while they are few, optimizer state with its keys."""
+    if kind == "scalar":
+        names = ", ".join(dict.fromkeys(o.name for o in outs))
+        return names if len(names) <= 24 else "scalars"
+    keys = list(dict.fromkeys(o.name.split("::")[-1] for o in outs)) if kind == "state" else []
+    return _TITLES.get(kind, kind) + (f" ({', '.join(keys)})" if keys and len(", ".join(keys)) <= 24 else "")
+
+
+def _not_proved(report: Report, outs: Sequence[OutputResult], pad: int, width: int) -> list[str]:
+    """Outputs that are neither proved nor equal in the field: verdict, reason, and all names with their steps."""
+    groups: dict[tuple[str, str], list[OutputResult]] = {}
+    for o in outs:
+        if o.verdict != "PROVED" and not _equal_only(report, o):
+            groups.setdefault((o.verdict, _why(report, o)), []).append(o)
+    lines = []
+    for (verdict, why), members in groups.items():
+        lines += wrap(f"    {_STATUS[verdict]:<{pad - 2}}  {len(members):>6}   ", why, width)
+        if outs[0].kind != "scalar" or len({o.name for o in outs}) > 1:
+            lines += wrap("      ", _names_by_step(members, outs), width, indent=8)
+    return lines
+
+
+def _why(report: Report, o: OutputResult) -> str:
+    cause = ""
+    if 0 <= o.finding < len(report.findings):
+        d = report.findings[o.finding].diagnostic
+        cause = d.code + (f" at {os.path.basename(d.span.file)}:{d.span.line}" if d.span else "")
+    return "; ".join(t for t in (o.algebra, o.reason, cause) if t) or "no reason recorded"
+
+
+def _names_by_step(members: Sequence[OutputResult], outs: Sequence[OutputResult]) -> str:
+    """"all, steps 1-2", or the folded names of each step; steps with the same names share one list."""
+    by_step: dict[int, tuple[str, ...]] = {}
+    for o in members:
+        by_step[o.step] = (*by_step.get(o.step, ()), o.name)
+    by_names: dict[tuple[str, ...], list[int]] = {}
+    for step, names in by_step.items():
+        everything = set(names) == {o.name for o in outs if o.step == step} and len(names) > 1
+        by_names.setdefault(("all",) if everything else tuple(fold_names(names)), []).append(step)
+    return "; ".join(f"{ranks_text(steps).replace('rank', 'step')}: {', '.join(names)}" for names, steps in by_names.items())
+
+
+# ---- what it rests on, and the last lines
+
+def _facts(report: Report, width: int) -> list[str]:
+    lines = []
+    if report.outputs and report.verdict in ("PROVED", "UNKNOWN"):
+        if report.verdict == "PROVED":
+            lines += _listed("holds for", ["every value of the weights, over the real numbers"], width)
+        scope = f"these token ids, sizes, {count_of(report.ranks, 'rank')} and this case"
+        lines += _listed("only for", [scope], width)
+    assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for a in report.assumptions]
+    lines += _listed("assumes", assumed, width) + _listed("not run", report.not_run, width)
+    weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for d in report.warnings]
+    lines += _listed("weak spec", weak, width)
+    if report.phases:
+        times = [f"{p.name} {p.seconds:.1f} s" + (f" ({p.detail})" if p.detail else "") for p in report.phases]
+        lines += _listed("time", [", ".join(times)], width)
+    if report.ops and report.mode == "verify":
+        lines += _listed("replayed", [f"{report.ops:,} operations, {report.elements:,} elements"], width)
+    told = [d.code for d in (*[f.diagnostic for f in report.findings], *report.diagnostics, *report.warnings)]
+    if told:
+        lines += _listed("codes", [f"trainverify explain CODE tells more: {', '.join(dict.fromkeys(told))}"], width)
+    return lines
+
+
+def _listed(label: str, items: Sequence[str], width: int) -> list[str]:
+    return [line for i, text in enumerate(items) for line in wrap(f"{label if i == 0 else '':<11} ", text, width)]
+
+
+def _summary(report: Report, width: int, saved: str) -> list[str]:
+    counts = [f"{report.count(v)} {v.lower()}" for v in ("PROVED", "REFUTED", "UNKNOWN")]
+    counts += [f"{report.count('ERROR')} error"] if report.count("ERROR") else []
+    cost = f"{report.seconds:.1f} s" + (f", {memory_text(report.peak_memory)}" if report.peak_memory else "")
+    parts = [*([", ".join(counts)] if report.mode == "verify" else []), cost, *([f"report: {short_path(saved)}"] if saved else [])]
+    return join_wrapped(parts, " | ", width) + ([f"rerun: {report.rerun}"] if report.rerun else [])
+
+
+# ---- to a stream
+
+_COLOURS = (
+    (r"(?m)^(PROVED|CAPTURED)(?=: )", "bold green"), (r"(?m)^(REFUTED|ERROR)(?=: )", "bold red"), (r"(?m)^(UNKNOWN|DRY RUN)(?=: )", "bold yellow"),
+    (r"(?m)^(internal error|error)\[\w+\]", "bold red"), (r"(?m)^warning\[\w+\]", "bold yellow"), (r"(?m)^note\[\w+\]", "bold cyan"),
+    (r"(?m)^ +--> ", "blue"), (r"(?m)^[ \d]+\|", "blue"), (r"\^+(?= |$)", "red"), (r"(?m)^rerun:.*$", "dim"),
+)
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Write a rendered report; on a terminal that wants colour (NO_COLOR, TERM=dumb say no), with the key words coloured."""
+    from rich.console import Console
+    from rich.text import Text
+    console = Console(file=stream, highlight=False, soft_wrap=True)
+    if not console.is_terminal or console.no_color or console.color_system is None:
+        stream.write(text)
+        return
+    styled = Text(text, end="")
+    for pattern, style in _COLOURS:
+        styled.highlight_regex(pattern, style)
+    console.print(styled)

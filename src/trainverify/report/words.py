@@ -1,0 +1,95 @@
+"""Small pieces of wording that reports share: ranks, folded names, numbers, wrapped lines. Pure string functions, no torch, not trusted."""
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Sequence
+
+
+def int_ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """(3,) -> "rank 3"; (0, 1, 2) -> "ranks 0-2"; () -> ""."""
+    if not ranks:
+        return ""
+    return ("rank " if len(set(ranks)) == 1 else "ranks ") + int_ranges(ranks)
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Dotted names that differ only in numbered components become one: layers.0.norm, layers.1.norm -> layers.0-1.norm.
+
+    Only whole components fold (norm1 and norm2 stay two names), and only complete products do, so no name is invented.
+    """
+    rows = list(dict.fromkeys(tuple(n.split(".")) for n in names))
+    for slot in range(max((len(r) for r in rows), default=0)):
+        groups: dict[tuple, list[tuple[str, ...]]] = {}
+        for row in rows:
+            numbered = slot < len(row) and row[slot].isdecimal()
+            key = (row[:slot], row[slot + 1:]) if numbered else (row, None)
+            groups.setdefault(key, []).append(row)
+        rows = [_merge(slot, members) for members in groups.values()]
+    return [".".join(r) for r in rows]
+
+
+def _merge(slot: int, members: list[tuple[str, ...]]) -> tuple[str, ...]:
+    if len(members) == 1:
+        return members[0]
+    text = int_ranges(int(m[slot]) for m in members)
+    text = f"{{{text}}}" if "," in text else text
+    return members[0][:slot] + (text,) + members[0][slot + 1:]
+
+
+def number(x: float) -> str:
+    """A value as a reader would write it: 3, 0.25, 1.5e-07, NaN."""
+    if math.isnan(x):
+        return "NaN"
+    if math.isinf(x):
+        return "inf" if x > 0 else "-inf"
+    return str(int(x)) if x == int(x) and abs(x) < 1e15 else f"{x:.9g}"
+
+
+def count_of(n: int, noun: str) -> str:
+    """(1, "step") -> "1 step"; (2, "step") -> "2 steps"."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def memory_text(nbytes: int) -> str:
+    """Bytes in GB, or MB below a tenth of one."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+
+
+def short_path(path: str) -> str:
+    """Relative to the current folder where it lies in it, else as it is."""
+    if not os.path.isabs(path):
+        return path
+    rel = os.path.relpath(path)
+    return path if rel.startswith("..") else rel
+
+
+def wrap(first: str, text: str, width: int, indent: int | None = None) -> list[str]:
+    """`first` then `text`, later lines indented under it; words, paths and commands are never broken."""
+    hang = " " * (len(first) if indent is None else indent)
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=hang,
+                         break_long_words=False, break_on_hyphens=False) or [first.rstrip()]
+
+
+def join_wrapped(parts: Sequence[str], separator: str, width: int, indent: str = "  ") -> list[str]:
+    """Parts on as few lines as fit, a line ending in the separator where it goes on."""
+    lines = [""]
+    for i, part in enumerate(parts):
+        tail = separator if i < len(parts) - 1 else ""
+        start = not lines[-1].strip()
+        if not start and len((lines[-1] + part + tail).rstrip()) > width:
+            lines.append(indent)
+        lines[-1] += part + tail
+    return [line.rstrip() for line in lines]
