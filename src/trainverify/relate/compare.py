@@ -125,7 +125,8 @@ class Comparison:
         self._plans = {}
 
     def _plan(self, group: tuple[str, str, int]):
-        """(sources per algebra, position + 1 of each symbol number, index of the owning record) for one kind, state key and step."""
+        """For one kind, state key and step: its records, their values per algebra, and per symbol number its position + 1 in the
+        concatenation of those values and the index of its record; then each record's start in the concatenation."""
         if group not in self._plans:
             recs = self.by_symbol.get(group, [])
             place = np.zeros(self.symbols.total, dtype=np.int64)
@@ -138,7 +139,8 @@ class Comparison:
                 owner[flat[ok]] = i
                 offset += flat.size
             sources = {m.name: [rec.values[m.name] for rec, _ in recs] for m in self.algebras}
-            self._plans[group] = (recs, sources, place, owner)
+            starts = np.cumsum([0] + [line.numbers.size for _, line in recs])
+            self._plans[group] = (recs, sources, place, owner, starts)
         return self._plans[group]
 
     # ---- comparing
@@ -171,12 +173,12 @@ class Comparison:
             self.compared[key].problems.append(f"rank {rec.rank} has none")
 
     def _owners(self, rec: Recorded, line: Lineage) -> list[Key]:
-        recs, _, _, owner = self._plan((rec.kind, _state_key(rec), rec.step))
+        recs, _, _, owner, _ = self._plan((rec.kind, _state_key(rec), rec.step))
         flat = line.numbers.reshape(-1)
         return [(recs[i][0].kind, recs[i][0].name, recs[i][0].step) for i in np.unique(owner[flat[flat >= 0]]) if i >= 0]
 
     def _by_lineage(self, rec: Recorded, line: Lineage) -> None:
-        recs, sources, place, owner = self._plan((rec.kind, _state_key(rec), rec.step))
+        recs, sources, place, owner, starts = self._plan((rec.kind, _state_key(rec), rec.step))
         flat = line.numbers.reshape(-1)
         held = np.nonzero(flat >= 0)[0]
         held = held[place[flat[held]] > 0]
@@ -194,10 +196,8 @@ class Comparison:
                           {m.name: m.take([rec.values[m.name]], where) for m in self.algebras})
             self._judge(c, piece)
             if c.covered is None:
-                c.covered = np.zeros(ref_line.numbers.size, dtype=bool)
-                c.covered[ref_line.numbers.reshape(-1) < 0] = True
-            base = place[ref_line.numbers.reshape(-1)[ref_line.numbers.reshape(-1) >= 0]].min()
-            c.covered[place[flat[at]] - base + int(np.nonzero(ref_line.numbers.reshape(-1) >= 0)[0].min())] = True
+                c.covered = ref_line.numbers.reshape(-1) < 0
+            c.covered[place[flat[at]] - 1 - starts[i]] = True
 
     def _state_number(self, rec: Recorded, line: Lineage) -> None:
         """Optimizer state that is one number per parameter (step): the same on every owning parameter."""

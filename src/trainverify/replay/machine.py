@@ -121,7 +121,7 @@ class Machine:
             mem = self.memory[m.name]
             if is_float(a.dtype) or (a.dtype == "bool" and mem.has(a)):
                 return mem.load(a)
-            return self.native.tensor(a).clone()
+            return self.native.tensor(a).clone()          # integers, and masks as they were decided
         if isinstance(a, ScalarRef):
             return self.scalars[m.name][a.id]
         if isinstance(a, Sequence):
@@ -225,7 +225,7 @@ class Machine:
                 self.elements += ref.numel
                 if self.hooks.value:
                     self.hooks.value(self, m, call, k, ref)
-            elif ref.dtype == "bool" and v is not None and not isinstance(v, torch.Tensor) and not m.is_const(v):
+            elif ref.dtype == "bool" and v is not None and not isinstance(v, torch.Tensor) and not m.is_const(v) and m.name != "real":
                 mem.store(ref, v)
             else:
                 mem.drop(ref.storage)
@@ -233,7 +233,7 @@ class Machine:
 
     def _cast_decision(self, m: Algebra, call: OpCall, ref: TensorRef, v, native) -> None:
         """A symbolic value that lands in an integer tensor has been decided by its recorded outcome."""
-        if v is not None and not isinstance(v, (torch.Tensor, Complex)) and not m.is_const(v):
+        if v is not None and ref.dtype != "bool" and not isinstance(v, (torch.Tensor, Complex)) and not m.is_const(v):
             self.decide(call, "cast", m, (v,), native)
 
     def _no_row(self, m: Algebra, call: OpCall, base: str) -> None:

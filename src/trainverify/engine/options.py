@@ -1,0 +1,22 @@
+"""What a run may be told: frozen, passed down, no configuration singleton."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """ranks: world size (None: the spec's RANKS); timeout: seconds of wall clock for each capture; accept: FILE:LINE of decisions
+    that the user takes as matched; keep: keep the traces under workdir."""
+
+    ranks: int | None = None
+    case: dict = field(default_factory=dict)
+    steps: int = 2
+    seed: int = 0
+    timeout: float = 300.0
+    accept: tuple[str, ...] = ()
+    dry_run: bool = False
+    workdir: Path | None = None
+    keep: bool = False
+    conform: bool = True

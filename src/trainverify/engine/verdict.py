@@ -1,0 +1,126 @@
+"""The verdict rules: what each output's evidence amounts to (trusted).
+
+REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains, or
+a NaN that the reference lacks. Equality in the field alone is UNKNOWN. A difference without a witness is UNKNOWN.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from trainverify.diagnostics import Diagnostic
+from trainverify.relate.compare import Compared, Piece
+
+EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with merged constants
+BLOCKING = {"REL007", "REL008", "OPS001", "OPS002", "CONF001", "CONF002", "CAP001"}
+
+
+@dataclass(slots=True)
+class Wrong:
+    """Where one piece differs: flat indices into it, both sides' float64 values there, and whether it is a NaN."""
+
+    piece: Piece
+    index: torch.Tensor
+    reference: torch.Tensor
+    parallel: torch.Tensor
+    nan: bool
+
+
+@dataclass(slots=True)
+class Judgement:
+    """One output's verdict with its evidence."""
+
+    compared: Compared
+    verdict: str
+    code: str = ""
+    reason: str = ""
+    wrong: list[Wrong] = field(default_factory=list)
+
+    @property
+    def key(self):
+        return self.compared.key
+
+
+def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
+    """Judge every output of the reference. `first` and `second` are engine.analysis.Pass (second: None if nothing differed)."""
+    threshold = ROUNDED if first.field.rounding else EXACT
+    blocked = sorted({d.code for d in diagnostics if d.code in BLOCKING})
+    unknown_op = any(d.code.startswith("OPS") for d in diagnostics)
+    bits = first.field.error_bits
+    out = []
+    for key, c in first.comparison.compared.items():
+        again = second.comparison.compared[key] if second else None
+        out.append(_judge_one(c, again, threshold, blocked, unknown_op, bits))
+    return out
+
+
+def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], unknown_op: bool, bits: int) -> Judgement:
+    wrongs, doubtful = [], 0
+    for k, piece in enumerate(c.pieces):
+        twin = again.pieces[k] if again is not None else None
+        found, unwitnessed = _differences(piece, twin, threshold, unknown_op)
+        if found is not None:
+            wrongs.append(found)
+        doubtful += unwitnessed
+    if wrongs and c.reference.kind == "scalar" and _is_share(c):
+        how = _is_share(c)
+        return Judgement(c, "UNKNOWN", "REL006", f"rank-local scalar: the {how} over the ranks is the reference's; "
+                         f"declare it with tv.local(x, reduce=\"{how}\")", wrongs)
+    if wrongs:
+        code = "REL010" if all(w.nan for w in wrongs) else "REL001"
+        return Judgement(c, "REFUTED", code, "differs from the reference", wrongs)
+    if c.problems:
+        return Judgement(c, "UNKNOWN", "REL005", "; ".join(dict.fromkeys(c.problems)))
+    if c.missing:
+        return Judgement(c, "UNKNOWN", "REL005", "no rank has it" if c.missing < 0 else f"{c.missing} of its elements are on no rank")
+    if doubtful:
+        return Judgement(c, "UNKNOWN", "REL009" if unknown_op is False and _garbage(c) else "REL001",
+                         f"{doubtful} elements differ in the field but no float64 witness was found")
+    if blocked:
+        return Judgement(c, "UNKNOWN", blocked[0], f"equal in the field, but see {', '.join(blocked)}")
+    return Judgement(c, "UNKNOWN", "", f"equal at 2 field points, error <= 2^-{bits}" if bits else "equal in the field")
+
+
+def _differences(piece: Piece, twin: Piece | None, threshold: float, unknown_op: bool) -> tuple[Wrong | None, int]:
+    """(a witnessed difference, number of elements that differ in both fields without a witness)."""
+    a, b = piece.reference["real"].t, piece.parallel["real"].t
+    differ = ~piece.equal["field"]
+    if twin is not None:
+        differ &= ~twin.equal["field"]
+    nan = torch.isnan(b) & torch.isfinite(a)
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    scale = float(a[finite].abs().max()) if finite.any() else 0.0
+    large = differ & finite & ((a - b).abs() > threshold * max(scale, 1e-30))
+    witnessed = large
+    if witnessed.any():
+        at = torch.nonzero(witnessed).reshape(-1)
+        return Wrong(piece, at, a[at], b[at], False), 0
+    if nan.any() and not unknown_op and not _is_garbage(piece, nan):
+        at = torch.nonzero(nan).reshape(-1)
+        return Wrong(piece, at, a[at], b[at], True), 0
+    return None, int((differ | nan).sum())
+
+
+def _is_garbage(piece: Piece, where: torch.Tensor) -> bool:
+    sp = getattr(piece.parallel["field"], "sp", None)
+    return sp is not None and bool((sp.reshape(-1)[where] == GARBAGE).any())
+
+
+def _garbage(c: Compared) -> bool:
+    return any(_is_garbage(p, torch.ones(len(p.at), dtype=torch.bool)) for p in c.pieces)
+
+
+def _is_share(c: Compared) -> str:
+    """"mean" or "sum" if the undeclared scalar's mean or sum over its ranks is the reference's value and the ranks differ."""
+    values = [float(p.parallel["real"].t.reshape(-1)[0]) for p in c.pieces]
+    ref = float(c.pieces[0].reference["real"].t.reshape(-1)[0])
+    if len(values) < 2 or max(values) - min(values) <= 1e-9 * max(abs(v) for v in values):
+        return ""
+    for how, got in (("mean", sum(values) / len(values)), ("sum", sum(values))):
+        if abs(got - ref) <= 1e-9 * max(abs(ref), 1e-30):
+            return how
+    return ""
+
+
+GARBAGE = 4

@@ -1,0 +1,51 @@
+"""Matches the parallel program's decisions with the reference's: what float data chose must be chosen by the same values."""
+from __future__ import annotations
+
+import torch
+
+from trainverify.algebra.base import Complex
+from trainverify.diagnostics import Diagnostic
+from trainverify.replay.machine import Decision
+from trainverify.replay.run import World
+
+
+def match_decisions(reference: World, parallel: World, field, real, accept: tuple[str, ...]) -> list[Diagnostic]:
+    """A diagnostic for each parallel decision some of whose operands are no reference decision's (by fingerprint: a guess, so
+    that equality here never proves anything, and a mismatch only withholds a verdict)."""
+    known: dict[str, set[int]] = {}
+    for machine in reference.machines:
+        for d in machine.decisions:
+            known.setdefault(d.kind, set()).update(_prints(field, d))
+    out: dict[tuple, Diagnostic] = {}
+    for machine in parallel.machines:
+        for d in machine.decisions:
+            span = machine.span(d.call)
+            place = f"{span.file}:{span.line}" if span else ""
+            if any(place.endswith(a) for a in accept if place):
+                continue
+            prints = _prints(field, d)
+            strange = prints - known.get(d.kind, set())
+            if not strange:
+                continue
+            key = (d.kind, place)
+            old = out.get(key)
+            ranks = tuple(sorted({machine.rank, *(old.ranks if old else ())}))
+            out[key] = Diagnostic(
+                "REL008", f"a {_words(d.kind)} is decided by values that decide nothing in the reference "
+                f"({len(strange)} of {len(prints)} operands)", "error", span, ranks,
+                (f"{d.call.name}; the reference decides by {len(known.get(d.kind, ()))} values of this kind",),
+                f"make both sides decide by the same values, or accept it: --accept {place}")
+    return list(out.values())
+
+
+def _words(kind: str) -> str:
+    return {"topk": "top-k choice", "cast": "cast to integer", "mask": "choice by a mask"}.get(kind, kind.replace("compare:", "comparison "))
+
+
+def _prints(field, d: Decision) -> set[int]:
+    out: set[int] = set()
+    for v in d.operands.get("field", ()):
+        for part in (v.re, v.im) if isinstance(v, Complex) else (v,):
+            if not isinstance(part, torch.Tensor):
+                out.update(field.fingerprint(part).reshape(-1).tolist())
+    return out
