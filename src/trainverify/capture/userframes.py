@@ -1,0 +1,60 @@
+"""Which stack frames are the user's: neither torch's, nor ours, nor the standard library's (no torch; used for messages only)."""
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+Frame = tuple[str, int, str, str]             # file, line, function, source text
+
+_DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+_OURS = str(Path(__file__).resolve().parents[1]) + "/"
+
+
+@functools.cache
+def is_user_file(file: str) -> bool:
+    """Whether a source file belongs to the program under verification (its libraries, other than torch, included)."""
+    if file.startswith("<") or file.startswith(_OURS) or file.startswith(_torch_directory()):
+        return False
+    paths = sysconfig.get_paths()
+    if file.startswith((paths["purelib"], paths["platlib"])):
+        return True
+    return not file.startswith((paths["stdlib"], paths["platstdlib"]))
+
+
+@functools.cache
+def _torch_directory() -> str:
+    spec = importlib.util.find_spec("torch")
+    return str(Path(spec.origin).parent) + "/" if spec and spec.origin else "<no torch>"
+
+
+def call_through(func, args, kwargs):
+    """Call for the user what the user called: an exception that passes only through here is not ours."""
+    return func(*args, **kwargs)
+
+
+def frames_of_exception(error: BaseException) -> tuple[Frame, ...]:
+    """The user's frames of a traceback, outermost first; a chained cause's where the exception itself has none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append(traceback.FrameSummary(error.filename, error.lineno or 0, "<module>"))
+    found = tuple((f.filename, f.lineno or 0, f.name, f.line or "") for f in frames if is_user_file(f.filename))
+    cause = error.__cause__ or error.__context__
+    return found or (frames_of_exception(cause) if cause is not None else ())
+
+
+def is_internal(error: BaseException) -> bool:
+    """Whether an exception is our own bug: it has no user frame, or is of a kind that a kernel, called by us for the user, never raises."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(is_user_file(f.filename) for f in frames):
+        return not isinstance(error, (SyntaxError, SystemExit, KeyboardInterrupt, MemoryError))
+    ours = frames[-1].filename.startswith(_OURS) and frames[-1].name != call_through.__name__
+    return ours and isinstance(error, (AssertionError, AttributeError, KeyError, NameError, TypeError))
+
+
+def frames_of_stack_dump(text: str) -> list[tuple[str, int, str]]:
+    """The user frames of a faulthandler dump, innermost first."""
+    return [(file, int(line), name) for file, line, name in _DUMPED.findall(text) if is_user_file(file)]
