@@ -1,0 +1,125 @@
+"""Who wrote what a call reads: producers within a rank by overlapping writes, across ranks through collectives and messages."""
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict, deque
+
+from trainverify.ir.trace import OpCall, Program, TensorRef, inputs
+from trainverify.replay.machine import overlap
+
+Node = tuple[int, int]                        # rank, call index
+
+
+class Dataflow:
+    def __init__(self, program: Program):
+        self.calls: dict[int, list[OpCall]] = {t.rank: t.ops for t in program.traces}
+        self._writes: dict[int, dict[int, list[tuple[int, TensorRef]]]] = {}
+        self._members: dict[tuple, list[Node]] = defaultdict(list)
+        self._sender: dict[Node, Node] = {}
+        self._scalars: dict[tuple[int, int], int] = {}
+        for trace in program.traces:
+            self._index(trace.rank, trace.ops)
+        self._match_messages(program)
+
+    def _index(self, rank: int, ops: list[OpCall]) -> None:
+        table: dict[int, list[tuple[int, TensorRef]]] = defaultdict(list)
+        works: dict[int, OpCall] = {}
+        for call in ops:
+            c = call.collective
+            if c is not None:
+                if c.kind not in ("send", "recv"):
+                    self._members[(c.group, c.group_name, c.seq)].append((rank, call.index))
+                if c.work is not None:
+                    works[c.work] = call
+                for ref in c.outputs:
+                    table[ref.storage].append((call.index, ref))
+            elif call.name == "tv.wait" and call.args[0] in works:
+                op = works[call.args[0]]
+                if op.collective.kind == "recv":
+                    for ref in op.collective.outputs:
+                        table[ref.storage].append((call.index, ref))
+                    self._sender[(rank, call.index)] = (rank, op.index)
+            else:
+                for ref in call.targets():
+                    table[ref.storage].append((call.index, ref))
+            if hasattr(call.outs, "id"):
+                self._scalars[(rank, call.outs.id)] = call.index
+        self._writes[rank] = table
+
+    def _match_messages(self, program: Program) -> None:
+        sent: dict[tuple, deque] = defaultdict(deque)
+        for trace in program.traces:
+            for call in trace.ops:
+                c = call.collective
+                if c is not None and c.kind == "send":
+                    sent[(trace.rank, c.peer, c.group, c.tag)].append((trace.rank, call.index))
+        for trace in program.traces:
+            for call in trace.ops:
+                c = call.collective
+                if c is not None and c.kind == "recv":
+                    box = sent[(c.peer, trace.rank, c.group, c.tag)]
+                    if box:
+                        self._sender[(trace.rank, call.index)] = box.popleft()
+
+    def call(self, node: Node) -> OpCall:
+        return self.calls[node[0]][node[1]]
+
+    def writer(self, rank: int, ref: TensorRef, before: int) -> list[Node]:
+        """The calls whose writes the reference may read, latest first, down to one that covers it whole."""
+        out = []
+        history = self._writes[rank].get(ref.storage, [])
+        at = bisect.bisect_left(history, before, key=lambda w: w[0])
+        for index, wrote in reversed(history[:at]):
+            if overlap(ref, wrote):
+                out.append((rank, index))
+                if wrote == ref or wrote.numel >= ref.numel and _contiguous(wrote) and _inside(ref, wrote):
+                    break
+        return out
+
+    def producers(self, node: Node) -> list[Node]:
+        """The calls that produced a call's inputs, over ranks."""
+        rank, index = node
+        call = self.call(node)
+        out: list[Node] = []
+        if node in self._sender:
+            peer = self._sender[node]
+            return self.producers(peer) if self.call(peer).collective.kind == "send" else [peer]
+        c = call.collective
+        if c is not None and c.kind != "send":
+            for r, i in self._members[(c.group, c.group_name, c.seq)]:
+                for ref in self.calls[r][i].collective.inputs:
+                    out += self.writer(r, ref, i)
+            return _unique(out)
+        refs = c.inputs if c is not None else tuple(inputs(call))
+        for ref in refs:
+            out += self.writer(rank, ref, index)
+        out += [(rank, self._scalars[(rank, a.id)]) for a in call.args if hasattr(a, "id") and (rank, a.id) in self._scalars]
+        return _unique(out)
+
+    def first_reader(self, node: Node) -> Node | None:
+        """The first later call on the same rank that reads what this call wrote."""
+        rank, index = node
+        call = self.call(node)
+        wrote = call.collective.outputs if call.collective is not None else call.targets()
+        for later in self.calls[rank][index + 1:]:
+            if any(overlap(r, w) for r in inputs(later) for w in wrote):
+                return (rank, later.index)
+        return None
+
+
+def _unique(nodes: list[Node]) -> list[Node]:
+    return list(dict.fromkeys(nodes))
+
+
+def _contiguous(ref: TensorRef) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(ref.size), reversed(ref.stride)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _inside(a: TensorRef, b: TensorRef) -> bool:
+    end = a.offset + sum((s - 1) * d for s, d in zip(a.size, a.stride))
+    return a.dtype == b.dtype and b.offset <= a.offset and end < b.offset + b.numel
