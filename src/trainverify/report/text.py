@@ -99,8 +99,7 @@ def _error_sentence(report: Report) -> str:
     faults = _by_severity(report.diagnostics, ("internal", "error"))
     if any(d.severity == "internal" for d in faults):
         return "TrainVerify itself failed; this is our fault and says nothing about the program"
-    what = "the spec cannot be used" if faults and faults[0].code.startswith("SPEC") else "the program cannot run"
-    return f"{what}: {faults[0].message}" if faults else what
+    return "the spec cannot be used" if faults and faults[0].code.startswith("SPEC") else "the program cannot run"
 
 
 def _equal_only(report: Report, o: OutputResult) -> bool:
@@ -316,7 +315,7 @@ def show(text: str, stream: TextIO) -> None:
     if not console.is_terminal or console.no_color or console.color_system is None:
         stream.write(text)
         return
-    styled = Text(text, end="")
+    styled = Text(text)
     for pattern, style in _COLOURS:
         styled.highlight_regex(pattern, style)
-    console.print(styled)
+    console.print(styled, end="")

@@ -1,0 +1,90 @@
+"""The text report, as a person sees it, for every kind of outcome."""
+import io
+import re
+from pathlib import Path
+
+import pytest
+from trainverify.diagnostics import Diagnostic, Span
+from trainverify.report import text
+from trainverify.report.model import Finding, OutputResult, Report, Witness
+
+from . import reports
+
+UNBREAKABLE = ("rerun: ", "  --> ")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])
+
+
+@pytest.mark.parametrize("name", reports.ALL)
+def test_report_reads_as_before(name, snapshot):
+    assert text.render(reports.ALL[name](), saved=".trainverify/last.json") == snapshot
+
+
+@pytest.mark.parametrize("name", reports.ALL)
+def test_report_fits_80_ascii_columns_and_ends_with_the_rerun(name):
+    rendered = text.render(reports.ALL[name](), saved=".trainverify/last.json")
+    assert rendered.isascii()
+    assert [line for line in rendered.split("\n") if len(line) > 80 and not line.startswith(UNBREAKABLE)] == []
+    assert rendered.rstrip("\n").split("\n")[-1].startswith("rerun: trainverify verify spec.py")
+
+
+@pytest.mark.parametrize(("name", "code"), [("proved", 0), ("equal_in_field", 3), ("refuted", 1), ("mixed_unknown", 3), ("cannot_run", 1),
+                                            ("internal", 4), ("dry_run", 3), ("captured", 0)])
+def test_exit_code(name, code):
+    assert reports.ALL[name]().exit_code == code
+
+
+def test_the_verdict_stands_on_the_first_screen():
+    for make in reports.ALL.values():
+        first = text.render(make()).split("\n")[:8]
+        assert any(line.startswith(("PROVED: ", "REFUTED: ", "UNKNOWN: ", "ERROR: ", "DRY RUN: ", "CAPTURED: ")) for line in first)
+
+
+def test_every_output_that_is_not_equal_is_named_with_its_reason():
+    reasons = {"layers.0.a": "no partner", "layers.1.a": "no partner", "head.b": "never written back"}
+    outs = [OutputResult("parameter", n, 1, (0,), "UNKNOWN", why) for n, why in reasons.items()]
+    outs += [OutputResult("parameter", "c", 1, (0,), "PROVED"), OutputResult("parameter", "d", 1, (0,), "REFUTED", "", "", "2 x the reference")]
+    rendered = text.render(Report(verdict="REFUTED", outputs=outs))
+    for said in ("layers.0-1.a", "no partner", "head.b", "never written back", "2 x the reference", "step 1: d"):
+        assert said in rendered
+
+
+def test_proved_is_said_only_by_the_verdict():
+    """A report whose outputs are all proved but whose verdict is not does not read as a pass."""
+    report = reports.proved()
+    report.verdict = "UNKNOWN"
+    assert not any(line.startswith("PROVED") for line in text.render(report).split("\n"))
+
+
+def test_nan_and_equal_ranks_in_a_counterexample():
+    witness = Witness("loss, step 1", 2.5, ((0, float("nan")), (1, 3.0), (2, float("nan"))))
+    finding = Finding(Diagnostic("REL010", "a NaN that the reference lacks"), witnesses=(witness,))
+    assert "reference: 2.5   ranks 0,2: NaN   rank 1: 3" in text.render(Report(verdict="REFUTED", findings=[finding]))
+
+
+def test_names_that_are_not_ascii_do_not_break_the_report():
+    report = Report(verdict="ERROR", diagnostics=[Diagnostic("SPEC001", "no such file: Gr\u00f6\u00dfe.py", span=Span("gr\u00f6\u00dfe.py", 1, "f"))])
+    assert text.render(report).isascii()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_colour_only_on_a_terminal_that_wants_it(monkeypatch):
+    rendered = text.render(reports.refuted())
+    for variable in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    plain, coloured, refused = io.StringIO(), Terminal(), Terminal()
+    text.show(rendered, plain)
+    text.show(rendered, coloured)
+    monkeypatch.setenv("NO_COLOR", "1")
+    text.show(rendered, refused)
+    assert plain.getvalue() == refused.getvalue() == rendered
+    assert "\x1b[" in coloured.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured.getvalue()) == rendered
