@@ -4,6 +4,7 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict, deque
 
+from trainverify.diagnostics import Span
 from trainverify.ir.trace import OpCall, Program, TensorRef, inputs
 from trainverify.replay.machine import overlap
 
@@ -13,6 +14,7 @@ Node = tuple[int, int]                        # rank, call index
 class Dataflow:
     def __init__(self, program: Program):
         self.calls: dict[int, list[OpCall]] = {t.rank: t.ops for t in program.traces}
+        self._spans = {t.rank: t.spans for t in program.traces}
         self._writes: dict[int, dict[int, list[tuple[int, TensorRef]]]] = {}
         self._members: dict[tuple, list[Node]] = defaultdict(list)
         self._sender: dict[Node, Node] = {}
@@ -63,6 +65,10 @@ class Dataflow:
 
     def call(self, node: Node) -> OpCall:
         return self.calls[node[0]][node[1]]
+
+    def span(self, node: Node) -> Span | None:
+        i = self.call(node).span
+        return self._spans[node[0]][i] if 0 <= i < len(self._spans[node[0]]) else None
 
     def writer(self, rank: int, ref: TensorRef, before: int) -> list[Node]:
         """The calls whose writes the reference may read, latest first, down to one that covers it whole."""

@@ -7,7 +7,8 @@ gives, never by finding an equal value somewhere.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -145,9 +146,15 @@ class Comparison:
 
     # ---- comparing
     def run(self) -> list[Compared]:
+        shares: dict[tuple, list[Recorded]] = defaultdict(list)
         for machine in self.parallel.machines:
             for rec in machine.outputs:
-                self._match(rec)
+                if rec.kind == "scalar" and rec.declare:
+                    shares[(rec.name, rec.step, rec.declare, rec.group)].append(rec)
+                else:
+                    self._match(rec)
+        for (_, _, how, group), recs in shares.items():
+            self._by_name(self._combine(how, group, recs))
         for c in self.compared.values():
             self._coverage(c)
         return list(self.compared.values())
@@ -165,6 +172,22 @@ class Comparison:
         if (rec.kind, rec.name, rec.step) in self.compared:
             return self._by_name(rec)
         self.surplus.append(rec)
+
+    def _combine(self, how: str, group: tuple[int, ...], recs: list[Recorded]) -> Recorded:
+        """The declared mean or sum of the ranks' shares of a scalar, over the group or all ranks that report it."""
+        held = {r.rank: r for r in recs}
+        missing = [r for r in group if r not in held]
+        first = recs[0]
+        values: dict[str, V] = {}
+        for m in self.algebras if not missing else ():
+            total = None
+            for rank in group or sorted(held):
+                v = m.reshape(held[rank].values[m.name], ())
+                total = v if total is None else m.add(total, v)
+            values[m.name] = total if how == "sum" else m.scale(total, Fraction(1, len(group or held)))
+        if missing:
+            self.compared[("scalar", first.name, first.step)].problems.append(f"ranks {missing} of the declared group do not report it")
+        return replace(first, values=values)
 
     def _absent(self, rec: Recorded, line: Lineage | None) -> None:
         if line is None or not line.bound:
