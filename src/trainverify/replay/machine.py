@@ -12,7 +12,7 @@ import torch
 
 from trainverify.algebra.base import Algebra, Complex, V
 from trainverify.diagnostics import Diagnostic, Fault, Span
-from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, inputs
+from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, inputs, tensors
 from trainverify.ops.foreach import foreach_call
 from trainverify.ops.table import OpTable
 from trainverify.replay.errors import ReplayError
@@ -61,6 +61,13 @@ class Ctx:
 
     def decide(self, kind: str, operands, outcome) -> None:
         self.machine.decide(self.call, kind, self.m, tuple(operands), outcome)
+
+    def argument(self, k: int):
+        """Argument k as torch took it (a mask whose recorded contents steer a movement)."""
+        written = {w.storage for w in self.call.writes}
+        if any(t.storage in written for t in tensors(self.call.args[k])):
+            raise ReplayError(f"{self.call.name} overwrites argument {k}, which decides what it does")
+        return self.machine.native.decode(self.call.args[k])
 
 
 @dataclass(slots=True)
