@@ -5,7 +5,7 @@ import bisect
 from collections import defaultdict, deque
 
 from trainverify.diagnostics import Span
-from trainverify.ir.trace import OpCall, Program, TensorRef, inputs
+from trainverify.ir.trace import OpCall, Program, ScalarRef, TensorRef, inputs
 from trainverify.replay.machine import overlap
 
 Node = tuple[int, int]                        # rank, call index
@@ -44,7 +44,7 @@ class Dataflow:
             else:
                 for ref in call.targets():
                     table[ref.storage].append((call.index, ref))
-            if hasattr(call.outs, "id"):
+            if isinstance(call.outs, ScalarRef):
                 self._scalars[(rank, call.outs.id)] = call.index
         self._writes[rank] = table
 
@@ -82,6 +82,10 @@ class Dataflow:
                     break
         return out
 
+    def scalar(self, rank: int, ref: ScalarRef) -> list[Node]:
+        at = self._scalars.get((rank, ref.id))
+        return [] if at is None else [(rank, at)]
+
     def producers(self, node: Node) -> list[Node]:
         """The calls that produced a call's inputs, over ranks."""
         rank, index = node
@@ -99,7 +103,7 @@ class Dataflow:
         refs = c.inputs if c is not None else tuple(inputs(call))
         for ref in refs:
             out += self.writer(rank, ref, index)
-        out += [(rank, self._scalars[(rank, a.id)]) for a in call.args if hasattr(a, "id") and (rank, a.id) in self._scalars]
+        out += [n for a in call.args if isinstance(a, ScalarRef) for n in self.scalar(rank, a)]
         return _unique(out)
 
     def first_reader(self, node: Node) -> Node | None:

@@ -14,6 +14,7 @@ import torch
 
 from trainverify.algebra.base import Complex
 from trainverify.diagnose.dataflow import Dataflow, Node
+from trainverify.ir.trace import ScalarRef, TensorRef
 from trainverify.replay.memory import is_float
 
 FACTORS = tuple(Fraction(n) for n in (2, 3, 4, 6, 8, -1)) + tuple(Fraction(1, n) for n in (2, 3, 4, 6, 8))
@@ -82,18 +83,18 @@ class Search:
         self.flow, self.watch = flow, watch
 
     def status(self, node: Node) -> str:
-        """Of what a node delivers; a receive has the status of what was sent."""
+        """Of what a node delivers; a receive and a tracked scalar have the status of what they were made from."""
         if node in self.watch.status:
             return self.watch.status[node]
         sender = self.flow._sender.get(node)
-        if sender is not None:
+        if sender is not None or isinstance(self.flow.call(node).outs, ScalarRef):
             found = [self.status(p) for p in self.flow.producers(node)]
             return next((s for s in found if s != GOOD), GOOD)
         return GOOD
 
     def origins(self, rank: int, ref, before: int) -> set[Node]:
         """Sources of the wrong region above one output: prefer those that disagree in the same way as the output."""
-        starts = self.flow.writer(rank, ref, before)
+        starts = self.flow.writer(rank, ref, before) if isinstance(ref, TensorRef) else self.flow.scalar(rank, ref)
         kinds = [self.status(s) for s in starts if self.status(s) != GOOD]
         want = kinds[0] if kinds else OPEN
         found = self._walk(starts, lambda s: s == want)

@@ -33,6 +33,7 @@ class Pass:
 
 @dataclass(slots=True)
 class Analysis:
+    table: OpTable
     symbols: Symbols
     first: Pass
     second: Pass | None
@@ -86,7 +87,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     diagnostics += match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     judgements = judge(first, second, diagnostics)
     lap("compare")
-    return Analysis(symbols, first, second, judgements, diagnostics, phases)
+    return Analysis(table, symbols, first, second, judgements, diagnostics, phases)
 
 
 def _once(diagnostics) -> list[Diagnostic]:

@@ -1,0 +1,102 @@
+"""Fills the report from an analysis: outputs with verdicts and layouts, bindings, assumptions, counts."""
+from __future__ import annotations
+
+from trainverify.diagnostics import Diagnostic
+from trainverify.engine.analysis import Analysis
+from trainverify.ir.trace import Program
+from trainverify.relate.layout import describe, layout
+from trainverify.report.model import Assumption, Binding, Finding, OutputResult, Report
+
+KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
+
+
+def fill(report: Report, analysis: Analysis, parallel: Program, groups: dict[tuple[int, ...], str], findings: list[Finding], explained: dict) -> None:
+    first = analysis.first
+    report.findings = findings
+    report.outputs = _outputs(analysis, groups, explained)
+    report.diagnostics = [*report.diagnostics, *analysis.diagnostics, *_unbound(analysis)]
+    report.verdict = overall(report)
+    report.ranks = report.ranks or len(parallel.traces)
+    report.mesh = mesh_text(groups)
+    report.bindings = bindings(analysis)
+    names = {b.name for b in report.bindings}
+    loose = {b.name for b in report.bindings if not b.bound and b.elements}
+    report.bound = (len(names) - len(loose), len(names))
+    report.assumptions = assumptions(analysis, parallel)
+    report.not_run = sorted({n.text for t in parallel.traces for n in t.notes if n.code == "NOTRUN"})
+    report.phases = [*report.phases, *analysis.phases]
+    worlds = (first.reference, first.parallel)
+    report.ops = sum(m.ops for w in worlds for m in w.machines)
+    report.elements = sum(m.elements for w in worlds for m in w.machines)
+    points = 2 if analysis.second is None else 4
+    report.evidence = f"equal at {points} field points, error <= 2^-{first.field.error_bits}"
+
+
+def overall(report: Report) -> str:
+    """REFUTED over program fault over internal error over UNKNOWN over PROVED."""
+    if any(o.verdict == "REFUTED" for o in report.outputs):
+        return "REFUTED"
+    if any(d.severity == "internal" for d in report.diagnostics):
+        return "ERROR"
+    return "UNKNOWN" if any(o.verdict != "PROVED" for o in report.outputs) or not report.outputs else "PROVED"
+
+
+def _outputs(analysis: Analysis, groups, explained: dict) -> list[OutputResult]:
+    out = []
+    for j in analysis.judgements:
+        kind, name, step = j.key
+        ranks = tuple(sorted({p.rank for p in j.compared.pieces}))
+        shape = j.compared.reference.ref.size if j.compared.reference.ref is not None else ()
+        out.append(OutputResult(kind, name, step, ranks, j.verdict, j.reason, layout(j.compared, shape, groups), "", explained.get(j.key, -1)))
+    return sorted(out, key=lambda o: (KINDS.index(o.kind), o.step, o.name))
+
+
+def bindings(analysis: Analysis) -> list[Binding]:
+    out = []
+    for (rank, how, name), line in sorted(analysis.first.comparison.lineage.items()):
+        if how == "param":
+            out.append(Binding(name, rank, tuple(line.numbers.shape), describe(analysis.symbols, line), int(line.numbers.size), line.bound))
+    return out
+
+
+def _unbound(analysis: Analysis) -> list[Diagnostic]:
+    """Stepped parameters that derive from no reference element: they were initialised on their own."""
+    out: dict[str, set[int]] = {}
+    for (rank, how, name), line in analysis.first.comparison.lineage.items():
+        if how == "stepped" and line.numbers.size and not line.bound:
+            out.setdefault(name, set()).add(rank)
+    return [Diagnostic("BIND001", f"parameter {name} derives from no element of the reference", "error", None, tuple(sorted(ranks)),
+                       ("its values are not the reference's weights: it was initialised on its own, or loaded past them",),
+                       "load the reference's weights: ref.weights or ref.checkpoint()") for name, ranks in sorted(out.items())]
+
+
+def assumptions(analysis: Analysis, parallel: Program) -> list[Assumption]:
+    out = [Assumption("A1", "casts between float types are the identity: rounding is not checked"),
+           Assumption("A2", "token ids, sizes, masks and the number of ranks as recorded")]
+    merged = analysis.first.field.rounding
+    if merged:
+        places = _places(merged, analysis, parallel)
+        out.append(Assumption("A3", f"rounding of constants: {len(merged)} values were taken for the reference's within 4 ulp of float32", places))
+    if analysis.first.parallel.machines and any(d.kind in ("topk", "sort", "cast", "mask") for m in analysis.first.parallel.machines for d in m.decisions):
+        out.append(Assumption("A4", "routing and other data-dependent choices as recorded"))
+    notes = sorted({n.text for t in parallel.traces for n in t.notes if n.code.startswith("ASSUME")})
+    return out + [Assumption(f"A{5 + i}", text) for i, text in enumerate(notes)]
+
+
+def _places(merged, analysis: Analysis, parallel: Program) -> tuple[str, ...]:
+    found = []
+    for m in merged:
+        where = getattr(m, "where", None)
+        spans = parallel.traces[where[0]].spans if isinstance(where, tuple) else []
+        if where is not None and 0 <= where[2] < len(spans):
+            found.append(str(spans[where[2]]))
+    return tuple(dict.fromkeys(found))[:8]
+
+
+def mesh_text(groups: dict[tuple[int, ...], str]) -> str:
+    """"dp=3 x tp=2" from the named axes of the device mesh."""
+    sizes: dict[str, int] = {}
+    for ranks, axis in groups.items():
+        if axis:
+            sizes.setdefault(axis, len(ranks))
+    return " x ".join(f"{a}={n}" for a, n in sizes.items())
