@@ -1,0 +1,171 @@
+"""Rows of softmax, layer, RMS and group normalisation, forward and backward (trusted).
+
+No maximum is subtracted: over the reals it cancels. exp(-inf) is 0 exactly, so masked entries vanish; a row that is masked
+throughout is 0/0. Backward ops compute with the mean, the scale and the output that they are given.
+"""
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+
+from trainverify.ops import lift as L
+from trainverify.ops.lift import lift
+from trainverify.ops.table import Rows
+
+rows = Rows("normalise")
+
+
+# ---- softmax
+def sums(m, x, dim: int, keepdim: bool = True):
+    """The sum over one dimension (of a tensor without dimensions: itself)."""
+    return L.total(m, x, [dim % len(x.shape)] if x.shape else [], keepdim)
+
+
+def known_zero(m, z, candidates: torch.Tensor) -> torch.Tensor:
+    """Which elements of z are candidates and the constant 0: sums of exponentials all of whose terms are masked."""
+    out = torch.zeros(tuple(z.shape), dtype=torch.bool)
+    if candidates.any():
+        got = m.to_float(m.take([z], L.flat_index(z.shape)[candidates]))
+        if got is not None:
+            out[candidates] = got == 0
+    return out
+
+
+@rows("aten._softmax", source="torch.softmax")
+def softmax(m, self, dim, half_to_float):
+    """exp(x) / sum of exp(x)"""
+    e = m.exp(L.cast(m, self, torch.float32 if half_to_float else None))
+    return m.div(e, sums(m, e, dim))
+
+
+@rows("aten._safe_softmax", source="torch.nn.functional.scaled_dot_product_attention", ctx=True)
+def safe_softmax(m, self, dim, dtype=None, *, ctx):
+    """softmax, and 0 in rows that are masked throughout"""
+    e = m.exp(L.cast(m, self, dtype))
+    z = sums(m, e, dim)
+    dead = known_zero(m, z, (ctx.native[0] == 0).all(dim, keepdim=True))
+    return m.div(e, m.where(dead, m.const(1), z) if dead.any() else z)
+
+
+@rows("aten._log_softmax", source="torch.log_softmax")
+def log_softmax(m, self, dim, half_to_float):
+    """x - log of the sum of exp(x)"""
+    x = L.cast(m, self, torch.float32 if half_to_float else None)
+    return m.sub(x, m.log(sums(m, m.exp(x), dim)))
+
+
+@rows("aten._softmax_backward_data", source="torch.softmax")
+def softmax_backward(m, grad_output, output, dim, input_dtype):
+    """y * (g - sum of g * y)"""
+    g, y = lift(m, grad_output), lift(m, output)
+    return L.cast(m, m.mul(y, m.sub(g, sums(m, m.mul(g, y), dim))), None)
+
+
+@rows("aten._log_softmax_backward_data", source="torch.log_softmax")
+def log_softmax_backward(m, grad_output, output, dim, input_dtype):
+    """g - exp(y) * sum of g"""
+    g, y = lift(m, grad_output), lift(m, output)
+    return m.sub(g, m.mul(m.exp(y), sums(m, g, dim)))
+
+
+# ---- layer norm and RMS norm
+def _inner(shape, normalized_shape) -> list[int]:
+    return list(range(len(shape) - len(normalized_shape), len(shape)))
+
+
+def _rstd(m, x, dims, eps):
+    """1 / sqrt(mean of x^2 + eps)"""
+    return m.inv(m.sqrt(m.add(L.mean(m, m.mul(x, x), dims, True), m.const(eps))))
+
+
+@rows("aten.native_layer_norm", source="torch.nn.functional.layer_norm")
+def layer_norm(m, input, normalized_shape, weight, bias, eps):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, the mean and 1 / sqrt"""
+    x = lift(m, input)
+    dims = _inner(x.shape, normalized_shape)
+    center = L.mean(m, x, dims, True)
+    d = m.sub(x, center)
+    rstd = _rstd(m, d, dims, eps)
+    y = m.mul(d, rstd)
+    y = y if weight is None else m.mul(y, lift(m, weight))
+    y = y if bias is None else m.add(y, lift(m, bias))
+    return [y, center, rstd]
+
+
+@rows("aten._fused_rms_norm", source="torch.nn.functional.rms_norm", ctx=True)
+def rms_norm(m, input, normalized_shape, weight, eps=None, *, ctx):
+    """x / sqrt(mean of x^2 + eps) * weight, and 1 / sqrt"""
+    x = lift(m, input)
+    eps = torch.finfo(ctx.native[-1].dtype).eps if eps is None else eps
+    rstd = _rstd(m, x, _inner(x.shape, normalized_shape), eps)
+    y = m.mul(x, rstd)
+    return [y if weight is None else m.mul(y, lift(m, weight)), rstd]
+
+
+def _norm_backward(m, g, unit, rstd, weight, dims, centered: bool):
+    """Gradient of y = unit * weight, unit = (x - mean?) * rstd, with respect to x."""
+    gw = g if weight is None else m.mul(g, lift(m, weight))
+    dx = m.sub(gw, m.mul(unit, L.mean(m, m.mul(gw, unit), dims, True)))
+    if centered:
+        dx = m.sub(dx, L.mean(m, gw, dims, True))
+    return m.mul(rstd, dx)
+
+
+@rows("aten.native_layer_norm_backward", source="torch.nn.functional.layer_norm")
+def layer_norm_backward(m, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask):
+    """The gradients of input, weight and bias that output_mask asks for"""
+    g, r = lift(m, grad_out), lift(m, rstd)
+    unit = m.mul(m.sub(lift(m, input), lift(m, mean)), r)
+    dims = _inner(g.shape, normalized_shape)
+    outer = list(range(dims[0]))
+    results = (lambda: _norm_backward(m, g, unit, r, weight, dims, True),
+               lambda: L.total(m, m.mul(g, unit), outer), lambda: L.total(m, g, outer))
+    return [f() for f, wanted in zip(results, output_mask) if wanted]
+
+
+@rows("aten._fused_rms_norm_backward", source="torch.nn.functional.rms_norm")
+def rms_norm_backward(m, grad_out, input, normalized_shape, rstd, weight, output_mask):
+    """The gradients of input and weight that output_mask asks for"""
+    g, r = lift(m, grad_out), lift(m, rstd)
+    unit = m.mul(lift(m, input), r)
+    dims = _inner(g.shape, normalized_shape)
+    results = (lambda: _norm_backward(m, g, unit, r, weight, dims, False),
+               lambda: L.total(m, m.mul(g, unit), list(range(dims[0]))))
+    return [f() for f, wanted in zip(results, output_mask) if wanted]
+
+
+# ---- group norm
+def _grouped(m, x, n, c, hxw, group):
+    return m.reshape(lift(m, x), (n, group, c // group, hxw))
+
+
+def _per_channel(m, w, group):
+    return m.reshape(lift(m, w), (1, group, -1 if w is None else math.prod(w.shape) // group, 1))
+
+
+@rows("aten.native_group_norm", source="torch.nn.functional.group_norm")
+def group_norm(m, input, weight, bias, N, C, HxW, group, eps):
+    """Layer norm of each group of channels, and the means and 1 / sqrt per group"""
+    x = _grouped(m, input, N, C, HxW, group)
+    center = L.mean(m, x, [2, 3], True)
+    d = m.sub(x, center)
+    rstd = _rstd(m, d, [2, 3], eps)
+    y = m.mul(d, rstd)
+    y = y if weight is None else m.mul(y, _per_channel(m, weight, group))
+    y = y if bias is None else m.add(y, _per_channel(m, bias, group))
+    return [m.reshape(y, input.shape), m.reshape(center, (N, group)), m.reshape(rstd, (N, group))]
+
+
+@rows("aten.native_group_norm_backward", source="torch.nn.functional.group_norm")
+def group_norm_backward(m, grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask):
+    """The gradients of input, weight and bias that output_mask asks for"""
+    g = _grouped(m, grad_out, N, C, HxW, group)
+    r = m.reshape(lift(m, rstd), (N, group, 1, 1))
+    center = m.reshape(lift(m, mean), (N, group, 1, 1))
+    unit = m.mul(m.sub(_grouped(m, input, N, C, HxW, group), center), r)
+    w = None if weight is None else _per_channel(m, weight, group)
+    results = (lambda: m.reshape(_norm_backward(m, g, unit, r, w, [2, 3], True), input.shape),
+               lambda: m.reshape(m.sum(m.mul(g, unit), [0, 3]), (C,)), lambda: m.reshape(m.sum(g, [0, 3]), (C,)))
+    return [f() for f, wanted in zip(results, output_mask) if wanted]
