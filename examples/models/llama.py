@@ -63,11 +63,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         q, k, v = (split_heads(w(x), self.head_dim) for w in (self.wq, self.wk, self.wv))
-        out = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
+        return self.wo(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
     def attend(self, q, k, v):
-        k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
