@@ -191,11 +191,11 @@ def _run(args: argparse.Namespace, entry: str, *arguments: Any) -> Any:
     progress = progress_to(sys.stderr, args.quiet)
     try:
         progress("start", str(args.path))
-        return getattr(importlib.import_module("trainverify.engine.verify"), entry)(*arguments, progress)
+        return getattr(importlib.import_module("trainverify.verify"), entry)(*arguments, progress)
     except Fault as fault:
         case = {k: v for part in args.case for k, v in part.items()}
         return Report(verdict="ERROR", spec=str(args.path), case=case, ranks=args.ranks or 0, steps=args.steps, seed=args.seed,
-                      diagnostics=list(fault.diagnostics), versions={"trainverify": __version__})
+                      diagnostics=list(fault.diagnostics))
     finally:
         progress.close()
 
@@ -203,7 +203,9 @@ def _run(args: argparse.Namespace, entry: str, *arguments: Any) -> Any:
 def _deliver(report: Any, args: argparse.Namespace, argv: list[str], form: str, output: Path | None) -> int:
     """Keep the report, write it where it was asked for, and say its exit code."""
     from trainverify.report import json_, text
-    report.rerun = report.rerun or _rerun(argv)
+    from trainverify.report.versions import versions
+    report.rerun = _rerun(argv)
+    report.versions = report.versions or versions()
     data = json_.encode(report)
     rendered = text.render(report, saved=_keep("last.json", data))
     if output:

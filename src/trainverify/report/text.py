@@ -103,8 +103,8 @@ def _error_sentence(report: Report) -> str:
 
 
 def _equal_only(report: Report, o: OutputResult) -> bool:
-    """Whether an unknown output is one that the evidence calls equal and only a proof is missing."""
-    return o.verdict == "UNKNOWN" and (o.reason.startswith("equal ") or bool(report.evidence) and o.reason == report.evidence)
+    """Whether an unknown output is one that the evidence calls equal without reserve, and only a proof is missing."""
+    return o.verdict == "UNKNOWN" and (o.reason == report.evidence != "" or o.reason.startswith("equal ") and ", but " not in o.reason)
 
 
 def _by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -> list[Diagnostic]:

@@ -19,8 +19,8 @@ def engine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("spec.py").write_text("")
     Path("traces").mkdir()
-    fake = types.ModuleType("trainverify.engine.verify")
-    fake.calls, fake.answer = [], Report(verdict="PROVED", outputs=[OutputResult("scalar", "loss", 1, (0,), "PROVED")])
+    fake = types.ModuleType("trainverify.verify")
+    fake.calls, fake.answer = [], Report(verdict="PROVED", versions={"trainverify": "0.1.0"}, outputs=[OutputResult("scalar", "loss", 1, (0,), "PROVED")])
 
     def entry(name):
         def run(*arguments):
@@ -34,7 +34,7 @@ def engine(tmp_path, monkeypatch):
         return run
     for name in ("verify_spec", "verify_dir", "capture_spec"):
         setattr(fake, name, entry(name))
-    monkeypatch.setitem(sys.modules, "trainverify.engine.verify", fake)
+    monkeypatch.setitem(sys.modules, "trainverify.verify", fake)
     return fake
 
 
@@ -84,7 +84,7 @@ def test_a_dry_run_is_never_a_pass(engine, capsys):
 def test_report_on_stdout_progress_on_stderr_and_the_last_report_kept(engine, capsys):
     cli.main(["verify", "spec.py", "--seed", "5"])
     out, err = capsys.readouterr()
-    assert out.startswith("seed 0") and "PROVED: all 1 outputs" in out
+    assert out.startswith("trainverify 0.1.0 | seed 0") and "PROVED: all 1 outputs" in out
     assert out.endswith("report: .trainverify/last.json\nrerun: trainverify verify spec.py --seed 5\n")
     assert err == "start: spec.py\ncapture parallel: 6 ranks\n"
     assert json_.decode(Path(".trainverify/last.json").read_bytes()) == engine.answer
