@@ -32,7 +32,11 @@ class Context:
 
     call: OpCall
     native: list[torch.Tensor | None]
+    recorded: tuple = ()
     decisions: list[tuple] = field(default_factory=list)
+
+    def argument(self, place: int):
+        return self.recorded[place]
 
     def decide(self, kind: str, operands, outcome) -> None:
         self.decisions.append((kind, tuple(operands), outcome))
@@ -137,7 +141,8 @@ def evaluate(m, table: OpTable, call: Call, args, kwargs) -> list:
     kw = {k: v for k, v in kwargs.items() if k != "out"}
     if found.row.ctx:
         outs = Sequence(tuple(_ref(t) for t in call.targets))
-        kw["ctx"] = Context(OpCall(0, call.name, tuple(map(_arg, call.args)), {k: _arg(v) for k, v in call.kwargs.items()}, outs), call.targets)
+        kw["ctx"] = Context(OpCall(0, call.name, tuple(map(_arg, call.args)), {k: _arg(v) for k, v in call.kwargs.items()}, outs),
+                            call.targets, call.args)
     if found.foreach:
         from trainverify.ops.foreach import foreach_call
         got = foreach_call(m, found.row, args, kw)

@@ -62,6 +62,17 @@ def logit(m, self, eps=None):
     return m.log(m.div(x, one_minus(m, x)))
 
 
+@rows("aten.logit_backward", source="torch.logit")
+def logit_backward(m, grad_output, self, eps=None):
+    """g / (x * (1 - x)), and 0 outside [eps, 1 - eps] if eps is given"""
+    x = lift(m, self)
+    slope = m.div(lift(m, grad_output), m.mul(x, one_minus(m, x)))
+    if eps is None:
+        return slope
+    inside = m.mul(m.compare("ge", x, m.const(eps)), m.compare("le", x, m.const(1 - eps)))
+    return m.where(inside, slope, m.const(0))
+
+
 @rows("aten.log_sigmoid_forward", source="torch.nn.functional.logsigmoid")
 def log_sigmoid_forward(m, self):
     """-log(1 + exp(-x)), and torch's buffer exp(-|x|)"""
@@ -225,6 +236,12 @@ def elu(m, self, alpha=1, scale=1, input_scale=1):
     x = lift(m, self)
     low = L.scaled(m, m.sub(m.exp(L.scaled(m, x, input_scale)), m.const(1)), alpha)
     return m.where(m.compare("gt", x, m.const(0)), L.scaled(m, x, scale), L.scaled(m, low, scale))
+
+
+@rows("aten.celu", source="torch.nn.functional.celu")
+def celu(m, self, alpha=1.0):
+    """x where x > 0, else alpha * (exp(x / alpha) - 1)"""
+    return elu(m, self, alpha, 1, 1 / Fraction(alpha))
 
 
 @rows("aten.elu_backward", source="torch.nn.functional.elu")

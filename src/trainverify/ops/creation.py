@@ -19,7 +19,7 @@ def _made(m, v, ctx):
     return L.each(m, lambda x: m.expand(x, tuple(out.shape)) if out.dim() else x, v)
 
 
-@rows("aten.zeros", "aten.zeros_like", "aten.new_zeros", source="torch.zeros", ctx=True)
+@rows("aten.zeros", "aten.zeros_like", "aten.new_zeros", "aten._efficientzerotensor", source="torch.zeros", ctx=True)
 def zeros(m, *_, ctx, **__):
     """0 everywhere"""
     return _made(m, 0, ctx)

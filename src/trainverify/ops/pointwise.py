@@ -119,12 +119,6 @@ def pow(m, self, exponent):
     return m.pow(base, exponent) if number(exponent) else m.power(base, lift(m, exponent))
 
 
-@rows("aten.square", source="torch.square")
-def square(m, self):
-    """self * self"""
-    return m.pow(lift(m, self), 2)
-
-
 @rows("aten.sqrt", source="torch.sqrt")
 def sqrt(m, self):
     """The square root"""
@@ -294,11 +288,13 @@ def abs(m, self):
 
 @rows("aten.sign", "aten.sgn", source="torch.sign")
 def sign(m, self):
-    """-1, 0 or 1"""
+    """-1, 0 or 1; of a complex number x / |x|, and 0 at 0"""
     x = lift(m, self)
-    if isinstance(x, Complex):
-        raise refuse("aten.sgn", "of a complex tensor", "divide by abs() where it is not zero")
-    return m.sign(x)
+    if not isinstance(x, Complex):
+        return m.sign(x)
+    size = abs(m, x)
+    inverse = m.where(m.compare("eq", size, m.const(0)), m.const(0), m.inv(size))
+    return Complex(m.mul(x.re, inverse), m.mul(x.im, inverse))
 
 
 @rows("aten.maximum", "aten.fmax", source="torch.maximum")

@@ -1,7 +1,7 @@
 """Rows of reductions: sums, means, variances, extrema, norms, products, scans (trusted).
 
-A mean over n elements is the sum times the literal 1/n. Extrema are opaque sets; the indices that max, min, argmax give are
-a decision of the float data, so their rows log one.
+A mean over n elements is the sum times the literal 1/n. Extrema are opaque sets; the positions that max and min give are
+a decision of the float data, so their rows log one; the values do not depend on it.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from trainverify.algebra.base import Complex
 from trainverify.ir.trace import TensorRef
 from trainverify.ops import lift as L
-from trainverify.ops.lift import dims_of, lift, number, refuse
+from trainverify.ops.lift import dims_of, lift, number
 from trainverify.ops.table import Rows
 
 rows = Rows("reduce")
@@ -123,8 +123,16 @@ def _extremum(m, kind: str, of_two, over_dims, self, other, keepdim, ctx):
         return over_dims(m, x, (), False)
     if not number(other):
         return of_two(x, lift(m, other))
-    ctx.decide(kind, [x], ctx.native[1])
+    if not m.is_const(x):
+        at = ctx.native[1]
+        ctx.decide(kind, [_last(m, x, other)], at.movedim(other, -1) if keepdim and x.shape else at)
     return [over_dims(m, x, [other], keepdim), None]
+
+
+def _last(m, x, dim: int):
+    """x with dimension dim moved last: one choice per row of that."""
+    n = max(len(x.shape), 1)
+    return m.permute(x, [*(d for d in range(n) if d != dim % n), dim % n]) if x.shape else m.reshape(x, (1,))
 
 
 @rows("aten.max", source="torch.max", ctx=True)
@@ -139,19 +147,6 @@ def min_(m, self, dim_or_other=None, keepdim=False, *, dim=None, other=None, ctx
     """The smallest element; over one dim also its position, a decision"""
     second = next((a for a in (dim_or_other, dim, other) if a is not None), None)
     return _extremum(m, "argmin", m.minimum, amin, self, second, keepdim, ctx)
-
-
-def _position(name: str):
-    @rows(f"aten.{name}", source=f"torch.{name}", ctx=True)
-    def row(m, self, dim=None, keepdim=False, *, ctx):
-        ctx.decide(name, [lift(m, self)], ctx.native[0])
-        return None
-    row.__doc__ = f"{name}: a decision of the float data"
-    return row
-
-
-for _name in ("argmax", "argmin"):
-    _position(_name)
 
 
 # ---- masks
@@ -189,8 +184,7 @@ def _norm(m, self, ord, dim, keepdim, dtype):
     size = m.abs(x)
     if ord == 1:
         return L.total(m, size, dims, keepdim)
-    p = Fraction(ord).limit_denominator(1 << 20)
-    return m.pow(L.total(m, m.pow(size, ord), dims, keepdim), 1 / p if float(p) == ord else 1 / ord)
+    return m.pow(L.total(m, m.pow(size, ord), dims, keepdim), 1 / ord)
 
 
 @rows("aten.linalg_vector_norm", source="torch.linalg.vector_norm")
@@ -203,12 +197,6 @@ def linalg_vector_norm(m, self, ord=2, dim=None, keepdim=False, *, dtype=None):
 def norm(m, self, p=2, dim=None, keepdim=False, *, dtype=None):
     """The vector norm"""
     return _norm(m, self, 2 if p is None else p, dim, keepdim, dtype)
-
-
-@rows("aten._foreach_norm", source="torch.linalg.vector_norm")
-def foreach_norm(m, self, ord=2, dtype=None):
-    """The vector norm of each tensor"""
-    return [_norm(m, t, ord, None, False, dtype) for t in self]
 
 
 # ---- products
