@@ -5,12 +5,10 @@ schema writes, in its order: parameters, gradients (changed only by a gradient s
 """
 from __future__ import annotations
 
-import math
-
 import torch
 
 from trainverify.algebra.base import Complex
-from trainverify.ops.lift import lift, number, refuse
+from trainverify.ops.lift import lift, number
 from trainverify.ops.pointwise import addcdiv, addcmul
 from trainverify.ops.table import Rows
 
@@ -145,42 +143,10 @@ def foreach_max(m, self):
     return [m.amax(x, tuple(range(len(x.shape)))) if x.shape else x for x in self]
 
 
-def _power_sum(m, x, p):
-    """The sum of |x| ** p over all elements."""
-    if isinstance(x, Complex):
-        if p != 2:
-            raise refuse("aten._foreach_norm", f"the {p}-norm of complex numbers", "use the 2-norm")
-        return m.sum(m.add(m.mul(x.re, x.re), m.mul(x.im, x.im)))
-    if p == 2:
-        return m.sum(m.mul(x, x))
-    return m.sum(m.abs(x) if p == 1 else m.pow(m.abs(x), p))
-
-
-def _order(ord) -> float | int:
-    """A norm's order as a number; orders that count or that select the least element are refused."""
-    if not number(ord) or ord <= 0 or math.isnan(ord):
-        raise refuse("aten._foreach_norm", f"ord={ord}", "use a positive order or infinity")
-    return int(ord) if ord != math.inf and float(ord).is_integer() else ord
-
-
-def _norm(m, x, p):
-    if p == math.inf:
-        size = m.abs(x)
-        return m.amax(size, tuple(range(len(x.shape)))) if x.shape else size
-    total = _power_sum(m, x, p)
-    return m.sqrt(total) if p == 2 else total if p == 1 else m.pow(total, 1 / p)
-
-
-@rows("aten._foreach_norm", source="torch._foreach_norm")
-def foreach_norm(m, self, ord=2, dtype=None):
-    """The p-norm of every entry"""
-    return [_norm(m, x, _order(ord)) for x in self]
-
-
 @rows("aten._foreach_powsum", source="torch._foreach_powsum")
 def foreach_powsum(m, self, ord=2, dtype=None):
-    """The sum of |x| ** p of every entry"""
-    return [_power_sum(m, x, _order(ord)) for x in self]
+    """The sum of |x| ** ord over every entry"""
+    return [m.sum(m.mul(x, x) if ord == 2 else m.pow(m.abs(x), ord)) for x in self]
 
 
 # ---- gradient scaling
