@@ -120,7 +120,7 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
         findings, explained = explain(parallel, third.comparison, third.field, watch, _again(analysis.judgements, third), groups)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
     fill(report, analysis, parallel, groups, findings, explained)
-    report.warnings = weak_spec(analysis, parallel, groups, options)
+    report.warnings = weak_spec(analysis, parallel, groups, options.steps)
 
 
 def _again(judgements, third):

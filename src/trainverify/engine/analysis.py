@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from trainverify.algebra.field import Field
 from trainverify.algebra.real import Real
 from trainverify.diagnostics import Diagnostic
+from trainverify.engine.facts import Facts
 from trainverify.engine.verdict import Judgement, judge
 from trainverify.ir.trace import Program
 from trainverify.ops.table import OpTable, standard_table
@@ -39,12 +40,14 @@ class Analysis:
     second: Pass | None
     judgements: list[Judgement]
     diagnostics: list[Diagnostic]
+    facts: dict[str, Facts]
+    steps: int
     phases: list[Phase] = field(default_factory=list)
 
 
 def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
-                progress: Callable, check: Conformance | None = None, watch: Hooks | None = None) -> Pass:
-    """One pass. `check` watches both replays for hidden writes and rows that disagree with torch; `watch` sees the parallel values."""
+                progress: Callable, check: Conformance | None = None, facts: dict[str, Facts] | None = None, watch=None) -> Pass:
+    """One pass. `check` looks for rows that disagree with torch, `facts` (per side) for weaknesses of the input; `watch` sees values."""
     fld, real = Field(seed), Real(symbols.real_values)
     algebras = [fld, real]
     worlds = []
@@ -53,7 +56,8 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
         binder = Binder(symbols, algebras)
         hooks = Hooks(symbol=binder.symbol, bind=binder.bind)
         if check is not None:
-            hooks.before, hooks.after = check.before, check.after
+            hooks.before = (check.before, facts[side].before)
+            hooks.after = check.after
         if watch is not None:
             hooks.value = lambda machine, m, call, k, ref, side=side: watch.value(side, machine, m, call, k, ref)
         worlds.append(replay(program, algebras, table, hooks, lambda f, side=side: progress("replay", side, f)))
@@ -77,7 +81,8 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     table = standard_table(extra_rows)
     symbols = Symbols(reference)
     check = Conformance(table)
-    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, check)
+    facts = {"reference": Facts(), "parallel": Facts()}
+    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, check, facts)
     lap("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines)} ops")
     second = None
     if any(p.wrong("field") for c in first.comparison.compared.values() for p in c.pieces):
@@ -87,7 +92,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     diagnostics += match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     judgements = judge(first, second, diagnostics)
     lap("compare")
-    return Analysis(table, symbols, first, second, judgements, diagnostics, phases)
+    return Analysis(table, symbols, first, second, judgements, diagnostics, facts, reference.traces[0].steps, phases)
 
 
 def _once(diagnostics) -> list[Diagnostic]:

@@ -24,6 +24,10 @@ class _Ctx:
 
     call: OpCall
     native: list
+    machine: Machine
+
+    def argument(self, place: int):
+        return self.machine.native.decode(self.call.args[place])
 
     def decide(self, kind, operands, outcome) -> None:
         return None
@@ -61,7 +65,7 @@ class Conformance:
         del self.pending[machine.rank]
         _, found, args, kwargs = held
         if found.row.ctx:
-            kwargs["ctx"] = _Ctx(call, results)
+            kwargs["ctx"] = _Ctx(call, results, machine)
         try:
             got = foreach_call(self.m, found.row, args, kwargs) if found.foreach else found.row.meaning(self.m, *args, **kwargs)
         except Fault:

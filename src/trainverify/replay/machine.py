@@ -59,6 +59,10 @@ class Ctx:
     machine: Machine
     m: Algebra
 
+    def argument(self, place: int):
+        """Recorded contents of an argument that the call does not write (a mask or index that depends on symbols)."""
+        return self.machine.native.decode(self.call.args[place])
+
     def decide(self, kind: str, operands, outcome) -> None:
         self.machine.decide(self.call, kind, self.m, tuple(operands), outcome)
 
@@ -75,12 +79,12 @@ class Hooks:
     """What an engine wants to see while a program is replayed; every field may be None.
 
     symbol(machine, kind, name, ref) -> {algebra: flat V} | None; bind(machine, algebra, storage, dtype) -> V | None;
-    before(machine, call), after(machine, call, native results); value(machine, algebra, call, k, V) for each computed target.
+    before: several of f(machine, call); after(machine, call, native results); value(machine, algebra, call, k, V) for each computed target.
     """
 
     symbol: Any = None
     bind: Any = None
-    before: Any = None
+    before: tuple = ()
     after: Any = None
     value: Any = None
 
@@ -152,8 +156,8 @@ class Machine:
         base = ".".join(call.name.split(".")[:2])
         if self.pending:
             self._check_pending(call)
-        if self.hooks.before:
-            self.hooks.before(self, call)
+        for hook in self.hooks.before:
+            hook(self, call)
         involved = self.involves(call)
         values = [self._arguments(m, call, base) for m in self.algebras] if involved and base not in EMPTY else []
         results = self.native.run(call)
