@@ -228,14 +228,17 @@ def record(fn, inputs, grad: bool = True) -> list[Call]:
     return [c for c in rec.calls if evaluated(c)]
 
 
-def leaf(t: torch.Tensor) -> torch.Tensor:
+def leaf(t: torch.Tensor, grad: bool = True) -> torch.Tensor:
     t = t.detach().clone()
-    return t.requires_grad_() if t.is_floating_point() or t.is_complex() else t
+    return t.requires_grad_(grad) if t.is_floating_point() or t.is_complex() else t
 
 
-def check_function(fn, *inputs, grad: bool = True, rtol: float = 1e-9, atol: float = 1e-9) -> list[Call]:
-    """Check the row of every call that fn's forward and backward make on float64 `inputs` (any pytrees of tensors)."""
-    inputs = tree_map(lambda t: leaf(t) if isinstance(t, torch.Tensor) else t, inputs)
+def check_function(fn, *inputs, grad: bool = True, flags: bool = False, rtol: float = 1e-9, atol: float = 1e-9) -> list[Call]:
+    """Check the row of every call that fn's forward and backward make on float64 `inputs` (any pytrees of tensors).
+
+    All float inputs are differentiated, or with flags=True those that require gradients.
+    """
+    inputs = tree_map(lambda t: leaf(t, t.requires_grad or not flags) if isinstance(t, torch.Tensor) else t, inputs)
     calls = record(fn, inputs, grad)
     for call in calls:
         check_call(call, rtol, atol)
@@ -262,7 +265,8 @@ def check_opinfo(name: str, variant: str = "", *, dtype=torch.float64, limit: in
             break
         if any(t.numel() > numel or t.dtype not in (dtype, torch.int64, torch.bool) for t in tensors) or not keep(s):
             continue
-        check_function(lambda x, a, k: info.op(x, *a, **k), s.input, s.args, s.kwargs, grad=grad, rtol=rtol, atol=atol)
+        check_function(lambda x, a, k: info.op(x, *a, **k), s.input, s.args, s.kwargs, grad=grad, flags=True,
+                       rtol=rtol, atol=atol)
         done += 1
     if not done:
         raise AssertionError(f"no OpInfo sample of {name} was checked")

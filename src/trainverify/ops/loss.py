@@ -48,15 +48,15 @@ def _weights(m, weight, safe, kept):
 
 @rows("aten.nll_loss_forward", "aten.nll_loss2d_forward", source="torch.nn.functional.nll_loss")
 def nll_loss_forward(m, self, target, weight, reduction, ignore_index):
-    """-weight[target] * x[target], reduced; and the sum of the weights that took part"""
+    """-weight[target] * x[target], reduced; and the sum of the weights that took part (of a batch that is not reduced: 0)"""
     x = lift(m, self)
     at, safe, kept = _classes(x.shape, target, ignore_index)
     w = _weights(m, weight, safe, kept)
     picked = m.take([x], at)
     losses = m.neg(picked if weight is None else m.mul(w, picked))
-    if reduction == NONE:
-        return [losses, m.const(0)]
     dims = list(range(len(at.shape)))
+    if reduction == NONE:
+        return [losses, w if not dims else m.const(0)]
     total, of = L.total(m, losses, dims), L.total(m, w, dims)
     return [_over(m, total, of, weight, kept) if reduction == MEAN else total, of]
 
