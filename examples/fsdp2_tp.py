@@ -82,7 +82,8 @@ def parallel(ref, count_tokens=count_tokens):
         total_tokens = count_tokens(labels, mesh)
         with loss_parallel():
             loss_sum = token_loss(model(tokens), labels, reduction="sum")
-            (loss_sum / total_tokens * DP).backward()            # FSDP averages gradients over dp
+            # FSDP averages the gradients over dp, so each rank's share counts DP times.
+            (loss_sum / total_tokens * DP).backward()
         norm = clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()

@@ -120,11 +120,12 @@ def token_loss(logits, labels, reduction="mean"):
 
 
 def random_batch(rows, length, vocab):
-    """Token ids and next-token labels. Prompts and padding of different lengths do not count."""
-    generator = torch.Generator().manual_seed(1)
+    """Token ids and next-token labels. Prompts and padding do not count; their lengths differ from row to row, and
+    with this seed so do the counts of the parts that the examples cut the batch into."""
+    generator = torch.Generator().manual_seed(84)
     text = torch.randint(vocab, (rows, length + 1), generator=generator)
-    labels = text[:, 1:].clone()
-    for i, row in enumerate(labels):
-        row[:i * i % (length - 2)] = IGNORE
-        row[length - i % 2:] = IGNORE
-    return {"tokens": text[:, :-1].contiguous(), "labels": labels}
+    prompt = torch.randint(length - 2, (rows, 1), generator=generator)
+    padding = torch.randint(3, (rows, 1), generator=generator)
+    place = torch.arange(length)
+    counts = (place >= prompt) & (place < length - padding)
+    return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].where(counts, IGNORE)}
