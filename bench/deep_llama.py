@@ -14,7 +14,7 @@ from fsdp2_tp import LAYER_PLAN, MODEL_PLAN  # noqa: E402
 from models.llama import Config, Llama, random_batch, token_loss  # noqa: E402
 
 RANKS = 2
-ROWS, LENGTH = 2, 32
+ROWS, LENGTH, LAYERS = 2, 32, 32
 
 
 def config(layers):
@@ -34,16 +34,16 @@ def training(model, batch):
     return step
 
 
-def reference(layers=32):
+def reference():
     torch.manual_seed(0)
-    model, batch = Llama(config(layers)), random_batch(ROWS, LENGTH, 64)
+    model, batch = Llama(config(LAYERS)), random_batch(ROWS, LENGTH, 64)
     return tv.Training(model, training(model, batch), batch=batch)
 
 
-def parallel(ref, layers=32):
+def parallel(ref):
     dist.init_process_group("nccl")
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    model = Llama(config(layers))
+    model = Llama(config(LAYERS))
     model.load_state_dict(ref.weights)
     parallelize_module(model, mesh, MODEL_PLAN)
     for layer in model.layers:
