@@ -1,12 +1,14 @@
 """The op table as a listing for people and scripts: what each row means, where its meaning comes from, which tests cover it (reads the table, not trusted)."""
 from __future__ import annotations
 
+import re
+import sys
 import textwrap
 from pathlib import Path
 
 import msgspec
 
-TESTS = Path(__file__).resolve().parents[2] / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "ops"
 
 
 class OpRecord(msgspec.Struct, frozen=True):
@@ -14,20 +16,32 @@ class OpRecord(msgspec.Struct, frozen=True):
     meaning: str
     kind: str
     source: str
-    tests: tuple[str, ...]                    # test files that name the op; empty outside a checkout, where there are no tests to read
+    tests: tuple[str, ...]                    # test files that check every row of its module; empty outside a checkout, which has no tests to read
 
 
 def op_records() -> list[OpRecord]:
     """One record per row, by kind and name."""
     from trainverify.ops.table import standard_table
-    sources = {p.relative_to(TESTS.parent).as_posix(): p.read_text(encoding="utf-8") for p in sorted(TESTS.rglob("*.py"))} if TESTS.is_dir() else {}
-    rows = standard_table().rows.values()
-    return [OpRecord(r.name, r.summary, r.kind, r.source, _tests_of(r.name, sources)) for r in sorted(rows, key=lambda r: (r.kind, r.name))]
+    rows = sorted(standard_table().rows.values(), key=lambda r: (r.kind, r.name))
+    homes, tests = _modules(), _tests_by_module()
+    return [OpRecord(r.name, r.summary, r.kind, r.source, tests.get(homes[r.name], ())) for r in rows]
 
 
-def _tests_of(name: str, sources: dict[str, str]) -> tuple[str, ...]:
-    marks = (f'"{name}"', f"'{name}'", f'"{name}.')
-    return tuple(file for file, text in sources.items() if any(m in text for m in marks))
+def _modules() -> dict[str, str]:
+    """The module of trainverify.ops that defines each row."""
+    from trainverify.ops.table import Rows
+    loaded = [(name.rsplit(".", 1)[1], getattr(module, "rows", None)) for name, module in sys.modules.items() if name.startswith("trainverify.ops.")]
+    return {row.name: module for module, rows in loaded if isinstance(rows, Rows) for row in rows.items}
+
+
+def _tests_by_module() -> dict[str, tuple[str, ...]]:
+    """Test files of each op module: those that import it (each ends by asserting that it checked every row)."""
+    found: dict[str, tuple[str, ...]] = {}
+    for file in sorted(TESTS.glob("test_*.py")) if TESTS.is_dir() else ():
+        for names in re.findall(r"(?m)^from trainverify\.ops import (.+)$", file.read_text(encoding="utf-8")):
+            for module in names.split(","):
+                found[module.strip()] = (*found.get(module.strip(), ()), f"tests/ops/{file.name}")
+    return found
 
 
 def op_text(records: list[OpRecord]) -> str:
