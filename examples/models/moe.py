@@ -29,7 +29,7 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.router = nn.Linear(config.hidden, self.number, bias=False)
-        self.register_buffer("selection_bias", torch.linspace(-0.1, 0.1, self.number))
+        self.register_buffer("selection_bias", torch.linspace(-0.02, 0.02, self.number))
         self.experts = Experts(self.experts_here, config.hidden, self.ffn)
 
     def forward(self, x):
