@@ -39,5 +39,5 @@ def test_page(code):
 
 @pytest.mark.parametrize("code", explain.codes())
 def test_codes_that_a_page_names_have_pages(code):
-    named = set(re.findall(r"\b(?:REL|RUN|OPS|CONF|WEAK|CAP|SPEC|BIND|DATA)[0-9]{3}\b", explain.page(code)))
+    named = set(re.findall(r"\b[A-Z]{3,6}[0-9]{3}\b", explain.page(code)))
     assert named <= set(explain.codes())
