@@ -97,7 +97,7 @@ def _capture_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", metavar="S", type=int, default=0, help="of symbols and field points (default: 0)")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, default=300.0, help="wall-clock limit of each side's capture (default: 300)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-    p.add_argument("--debug", action="store_true", help="check traces between passes, keep them, and print the traceback of an internal error")
+    p.add_argument("--debug", action="store_true", help="keep the traces, and print the traceback of an internal error")
 
 
 def _existing(text: str) -> Path:
