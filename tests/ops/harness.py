@@ -170,6 +170,8 @@ def check_call(call: Call, rtol: float = 1e-9, atol: float = 1e-9, table: OpTabl
         if g is None or isinstance(g, torch.Tensor):
             if want.is_floating_point() or want.is_complex():
                 raise AssertionError(f"{what}: no value for a float result")
+        elif want.dtype != torch.bool and not want.is_floating_point() and not want.is_complex():
+            continue                                  # integers are replay's: it takes the recorded ones
         elif want.is_complex():
             _close(what, m.to_float(g.re), want.real, rtol, atol)
             _close(what, m.to_float(g.im), want.imag, rtol, atol)

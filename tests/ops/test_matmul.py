@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import assert_covered, check_function, check_opinfo, check_row
+from trainverify.algebra.real import Real
 from trainverify.diagnostics import Fault
 from trainverify.ops import matmul
 
@@ -57,6 +58,30 @@ def test_einsum_as_recorded(equation, shapes):
 def test_undecomposed_einsum_is_refused():
     with pytest.raises(Fault, match="OPS002"):
         check_row(aten.einsum.default, ["ii->i", [rnd(3, 3)]])
+
+
+@pytest.mark.parametrize("a,b,offs", [((5, 4), (3, 4, 8), [2, 2, 5]), ((4, 8), (8, 4), [4, 4, 8]), ((3, 4, 4), (4, 8), [4, 4, 8]), ((3, 4, 4), (3, 4, 8), None)])
+def test_grouped_products(a, b, offs):
+    """torch has it in float32 only."""
+    offs = None if offs is None else torch.tensor(offs, dtype=torch.int32)
+    check_row(aten._grouped_mm.default, [rnd(*a).float(), rnd(*b, seed=1).float(), offs], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_no_group_are_undefined():
+    """torch leaves rows after the last group uninitialised; the row leaves them undefined."""
+    m = Real()
+    got = m.to_float(matmul.grouped_mm(m, m.data(rnd(5, 4)), m.data(rnd(2, 4, 8)), torch.tensor([1, 3], dtype=torch.int32)))
+    assert got[:3].isfinite().all() and got[3:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["nn.functional.conv1d", "nn.functional.conv2d", "nn.functional.conv3d"])
+def test_convolutions(name):
+    check_opinfo(name, limit=12, numel=2000)
+
+
+def test_transposed_convolution_is_refused():
+    with pytest.raises(Fault, match="OPS002"):
+        check_row(aten.convolution.default, [rnd(1, 2, 3), rnd(2, 2, 2), None, [1], [0], [1], True, [0], 1])
 
 
 @QUICK

@@ -80,6 +80,11 @@ def test_positions_are_decisions(name, kind):
     assert indices is None and torch.equal(m.to_float(values), Context.native[0]) and seen == [(kind, (4, 3), (4,))]
 
 
+def test_histogram_is_a_decision():
+    call = check_row(aten.histc.default, [torch.tensor([0.0, 2.0, 2.0, 1.0, 5.0]).double(), 4, 0, 4])
+    assert call.targets[0].tolist() == [1, 1, 2, 0]
+
+
 @QUICK
 @given(shape=st.lists(st.integers(1, 3), min_size=1, max_size=4), data=st.data())
 def test_dims(shape, data):

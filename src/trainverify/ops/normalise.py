@@ -6,7 +6,6 @@ throughout is 0/0. Backward ops compute with the mean, the scale and the output 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 

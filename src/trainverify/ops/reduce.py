@@ -260,3 +260,12 @@ def count_nonzero(m, self, dim=None):
     """How many elements are not 0 (an integer that depends on the data)"""
     x = m.compare("ne", lift(m, self), m.const(0))
     return L.total(m, x, dims_of(dim, len(x.shape)), False)
+
+
+@rows("aten.histc", source="torch.histc", ctx=True)
+def histc(m, self, bins=100, min=0, max=0, *, ctx):
+    """How many elements fall into each bin, as recorded: a decision of the float data"""
+    x = lift(m, self)
+    if not m.is_const(x):
+        ctx.decide(f"histc:{bins}:{min}:{max}", [m.reshape(x, (-1,))], ctx.native[0])
+    return m.data(ctx.native[0])
