@@ -91,7 +91,7 @@ def test_clipping(clip):
 
 # ---- the three implementations are one function
 def run_rows(make, table) -> list[torch.Tensor]:
-    """Parameters and state after three steps that are computed by rows alone: each result replaces what torch stored."""
+    """All results of the rows that three steps evaluate."""
     calls, m = steps(make), Real()
     return [v.t for call in calls for v in evaluate(m, table, call, _values(m, call.args), {k: _values(m, x) for k, x in call.kwargs.items()})]
 
