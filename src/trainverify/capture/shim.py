@@ -233,8 +233,7 @@ class _Shim:
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.nn.parallel import DistributedDataParallel
 
-        self._drop(DistributedDataParallel, "device_ids", "output_device")
-        self._drop(FullyShardedDataParallel, "device_id")
+        self._without_gpu_names(DistributedDataParallel, FullyShardedDataParallel)
         compile_, attention, move = torch.compile, torch.nn.attention.sdpa_kernel, torch.nn.Module.to
 
         def compiled(model=None, **kwargs):
@@ -256,18 +255,21 @@ class _Shim:
         self.patches.everywhere({compile_: compiled, attention: sdpa_kernel})
         self.patches.set(torch.nn.Module, "compile", lambda module, *args, **kwargs: compiled(module) and None)
 
-    def _drop(self, cls: type, *names: str) -> None:
-        original, note = cls.__init__, self.note
+    def _without_gpu_names(self, ddp: type, fsdp: type) -> None:
+        ddp_init, fsdp_init, note = ddp.__init__, fsdp.__init__, self.note
 
-        def init(self_, module, *args, **kwargs):
-            if cls.__name__ == "DistributedDataParallel":
-                args = args[2:]                # device_ids and output_device, given by position
-            for name in names:
-                if kwargs.pop(name, None) is not None:
-                    note("CUDA007", f"{cls.__name__}({name}=...)")
-            original(self_, module, *args, **kwargs)
+        def init_ddp(self_, module, device_ids=None, output_device=None, *args, **kwargs):
+            if device_ids is not None or output_device is not None:
+                note("CUDA007", "DistributedDataParallel(device_ids=..., output_device=...)")
+            ddp_init(self_, module, None, None, *args, **kwargs)
 
-        self.patches.set(cls, "__init__", init)
+        def init_fsdp(self_, module, *args, **kwargs):
+            if kwargs.get("device_id") is not None:
+                note("CUDA007", "FullyShardedDataParallel(device_id=...)")
+            fsdp_init(self_, module, *args, **{**kwargs, "device_id": _CPU})
+
+        self.patches.set(ddp, "__init__", init_ddp)
+        self.patches.set(fsdp, "__init__", init_fsdp)
 
     # -- files
 
