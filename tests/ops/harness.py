@@ -50,6 +50,7 @@ class Call:
     args: tuple
     kwargs: dict
     targets: list[torch.Tensor]
+    live: list[torch.Tensor] = field(default_factory=list)     # the targets themselves, not copies
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ def execute(op, args, kwargs) -> tuple[object, Call]:
         value = kwargs.get(arg.name, value)
         if arg.alias_info is not None and arg.alias_info.is_write:
             found += [t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor) and all(t is not f for f in found)]
-    return out, Call(op, *before, copies(found))
+    return out, Call(op, *before, copies(found), found)
 
 
 class Recorder(TorchDispatchMode):
