@@ -99,7 +99,8 @@ def _error_sentence(report: Report) -> str:
     faults = _by_severity(report.diagnostics, ("internal", "error"))
     if any(d.severity == "internal" for d in faults):
         return "TrainVerify itself failed; this is our fault and says nothing about the program"
-    return "the spec cannot be used" if faults and faults[0].code.startswith("SPEC") else "the program cannot run"
+    cannot = {"SPEC": "the spec cannot be used", "FILE": "the traces cannot be read"}
+    return cannot.get(faults[0].code[:4] if faults else "", "the program cannot run")
 
 
 def _equal_only(report: Report, o: OutputResult) -> bool:
