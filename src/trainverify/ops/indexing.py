@@ -337,8 +337,9 @@ for _name in ("argmax", "argmin"):
 def nonzero(m, x, *, ctx):
     """The recorded places of elements that are not 0: the same choice as indexing with a mask"""
     x = elements(m, x)
+    found = ctx.native[0]
     mask = torch.zeros(tuple(x.shape), dtype=torch.bool)
-    mask[tuple(ctx.native[0].unbind(1))] = True
+    mask[tuple(found.unbind(1)) if x.shape else ...] = len(found) > 0
     _log("mask", m, ctx, [x], mask)
 
 
