@@ -23,12 +23,11 @@ def sums(m, x, dim: int, keepdim: bool = True):
 
 
 def known_zero(m, z, candidates: torch.Tensor) -> torch.Tensor:
-    """Which elements of z are candidates and the constant 0: sums of exponentials all of whose terms are masked."""
+    """Which of the candidates are the constant 0 in z: sums of exponentials all of whose terms are masked."""
     out = torch.zeros(tuple(z.shape), dtype=torch.bool)
     if candidates.any():
-        got = m.to_float(m.take([z], L.flat_index(z.shape)[candidates]))
-        if got is not None:
-            out[candidates] = got == 0
+        some = m.take([z], L.flat_index(z.shape)[candidates])
+        out[candidates] = m.equal(some, m.const(0, tuple(some.shape)))
     return out
 
 
