@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trainverify.algebra.base import Algebra, Complex, V
+from trainverify.algebra.base import Algebra, Complex
 from trainverify.ops.lift import each, lift, pair, refuse
 from trainverify.ops.table import Rows
 
