@@ -138,7 +138,6 @@ def evaluate(m, table: OpTable, call: Call, args, kwargs) -> list:
     found = table.lookup(call.name)
     if found is None:
         raise AssertionError(f"no row for {call.name}")
-    CHECKED.add(found.row.name)
     kw = {k: v for k, v in kwargs.items() if k != "out"}
     if found.row.ctx:
         outs = Sequence(tuple(_ref(t) for t in call.targets))
@@ -152,6 +151,7 @@ def evaluate(m, table: OpTable, call: Call, args, kwargs) -> list:
     got = list(got) if isinstance(got, (list, tuple)) else [got]
     if len(got) != len(call.targets):
         raise AssertionError(f"{call.name}: {len(got)} results for {len(call.targets)} targets")
+    CHECKED.add(found.row.name)
     return got
 
 
