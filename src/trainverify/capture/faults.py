@@ -30,6 +30,7 @@ FAULTS: Mapping[str, str] = MappingProxyType({
     "RUN013": "a message arrives with another size or dtype than expected",
     "RUN014": "a collective was started that not all members joined",
     "RUN015": "a rank failed inside TrainVerify",
+    "RUN016": "init_process_group disagrees with the world",
 })
 
 _MISMATCH = {"op": "RUN002", "reduce_op": "RUN003", "dtypes": "RUN004", "sizes": "RUN005", "splits": "RUN005", "root": "RUN006"}

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from trainverify.capture import faults as fault_texts
 from trainverify.capture import wire
-from trainverify.capture.coordinator import DIED, RUNNING, Coordinator
+from trainverify.capture.coordinator import RUNNING, Coordinator
 from trainverify.capture.userframes import frames_of_exception, frames_of_stack_dump, is_internal
 from trainverify.capture.wire import Key, Signature
 from trainverify.diagnostics import Diagnostic, Fault
@@ -143,6 +143,7 @@ def preload() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
     import torch.distributed.pipelining
+    import torch.distributed.tensor.experimental
     import torch.distributed.tensor.parallel
     import torch.nn.parallel
     import torch.testing._internal.distributed.fake_pg  # noqa: F401
@@ -345,7 +346,8 @@ class _World:
                     os.kill(pid, signal.SIGKILL)
             if self.guardian:
                 pid, pipe = self.guardian
-                os.write(pipe, _PID.pack(0))
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(pipe, _PID.pack(0))
                 os.close(pipe)
                 os.waitpid(pid, 0)
             for rank, pid in enumerate(self.pids):
@@ -458,13 +460,11 @@ def _signals_blocked() -> Iterator[set[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextlib.contextmanager
-def _modes_off() -> Iterator[None]:
-    """Our own tensor work: unseen by dispatch and function modes and by autograd."""
-    import torch
+def _modes_off() -> contextlib.AbstractContextManager[None]:
+    """Our own tensor work; the import is late because the command line imports this module without torch."""
+    from trainverify.capture.quiet import unseen
 
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
-        yield
+    return unseen()
 
 
 def _how_it_died(status) -> str:
