@@ -128,6 +128,8 @@ def test_mask_arithmetic(op):
         for order in ((x > 0, b), (a, y > 0)):
             check_mask_row(getattr(aten, f"{name}_{op}"), *order)
     check_mask_row(aten.bitwise_not, x > 0)
+    check_mask_row(aten.add, x > 0, y > 0)
+    check_row(aten._to_copy.default, [torch.tensor([0.0, 2.5, -1.0]).double()], {"dtype": torch.bool})
 
 
 def check_mask_row(op, *masks):

@@ -20,9 +20,11 @@ rows = Rows("pointwise")
 
 
 # ---- arithmetic
-@rows("aten.add", source="torch.add")
-def add(m, self, other, alpha=1):
-    """self + alpha * other"""
+@rows("aten.add", source="torch.add", ctx=True)
+def add(m, self, other, alpha=1, *, ctx):
+    """self + alpha * other; of two masks: or"""
+    if ctx.native[0].dtype == torch.bool:
+        return _or(m, lift(m, self), lift(m, other))
     return L.add(m, self, L.scaled(m, other, alpha))
 
 
@@ -494,13 +496,19 @@ def identity(m, self, *, memory_format=None):
     return lift(m, self)
 
 
-def _cast(m, x, source, target: torch.Tensor):
-    """x, noted as cast if the recorded source has another float type than the target."""
-    x, to = lift(m, x), L.float_name(target.dtype)
+def _to(m, x, source, target: torch.Tensor):
+    """x as the type of `target`; source: what was recorded of it (of a foreach call: the list)."""
     if isinstance(source, Sequence) and source.items:
         source = source.items[0]
-    same = isinstance(source, TensorRef) and source.dtype == to
-    return x if to is None or same or not isinstance(source, TensorRef) else L.each(m, lambda v: m.cast(v, to), x)
+    was = getattr(torch, source.dtype) if isinstance(source, TensorRef) else None
+    x, to = lift(m, x), target.dtype
+    if to == torch.bool and was not in (None, torch.bool):
+        return m.compare("ne", x, m.const(0))
+    if isinstance(x, Complex) and not to.is_complex:
+        return x.re
+    if to.is_complex:
+        return L.pair(m, x)
+    return L.cast(m, x, to) if was is not None and was.is_floating_point and was != to else x
 
 
 @rows("aten._to_copy", source="torch.Tensor.to", ctx=True)
@@ -513,13 +521,6 @@ def to_copy(m, self, *_, ctx, **__):
 def copy(m, self, src, non_blocking=False, *, ctx):
     """src, in the shape of self"""
     return _spread(m, _to(m, src, ctx.call.args[1], ctx.native[0]), self.shape)
-
-
-def _to(m, x, source, target: torch.Tensor):
-    x = _cast(m, x, source, target)
-    if isinstance(x, Complex) and not target.is_complex():
-        return x.re
-    return L.pair(m, x) if target.is_complex() else x
 
 
 def _spread(m, x, shape):
