@@ -59,14 +59,9 @@ class Field(Order):
             self._parallel = True
             self.constants.begin_parallel()
 
-    @property
-    def where(self) -> object:
-        """The replay's current place, which roundings of constants note."""
-        return self.constants.where
-
-    @where.setter
-    def where(self, place: object) -> None:
-        self.constants.where = place
+    def at(self, rank: int, index: int, span: int) -> None:
+        """The replay's current place (rank, call, span), which roundings of constants note."""
+        self.constants.where = (rank, index, span)
 
     @property
     def rounding(self) -> list[Rounding]:
