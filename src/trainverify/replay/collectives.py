@@ -1,4 +1,4 @@
-"""What each collective means, once, for every algebra (trusted). Integer tensors use the same code through `IntAlgebra`.
+"""What each collective means, once, for every algebra (trusted). Integer tensors use the same code through `Tensors`.
 
 `deliver(m, kind, calls, ins)` takes every member's Collective and input values in group order and returns every member's
 output values. Reductions go through the algebra in group order.
@@ -14,11 +14,14 @@ import torch
 
 from trainverify.algebra.base import Algebra, Complex, V
 from trainverify.ir.trace import Collective
+from trainverify.ops.reduction import reduce_tensors
 from trainverify.replay.errors import ReplayError
 
 
 def reduce_values(m: Algebra, op: str | None, values: Sequence[V], factor: Any = None) -> V:
     """One value from the members' values of equal shape."""
+    if isinstance(values[0], torch.Tensor):
+        return reduce_tensors(values, op, factor)
     if isinstance(values[0], Complex):
         return Complex(reduce_values(m, op, [v.re for v in values], factor), reduce_values(m, op, [v.im for v in values], factor))
     if op == "premul_sum":
@@ -110,17 +113,12 @@ def _all_to_all(m: Algebra, calls: Sequence[Collective], ins, me: int) -> list[V
     return [_concat(m, parts, c.outputs[0].size)]
 
 
-class IntAlgebra:
-    """Torch tensors as values: collectives on integers and bytes, and the native run of float ones, bit for bit as captured."""
+class Tensors:
+    """Torch tensors as values: integers and bytes, and the native run, bit for bit as captured (reductions: ops/reduction.py)."""
 
-    def add(self, a, b): return a + b
-    def mul(self, a, b): return a * b
-    def maximum(self, a, b): return torch.maximum(a, b)
-    def minimum(self, a, b): return torch.minimum(a, b)
-    def const(self, x, shape=()): return x
-    def scale(self, a, c): return a * c.numerator / c.denominator if a.is_floating_point() else a * c.numerator // c.denominator
-    def reshape(self, a, shape): return a.reshape(tuple(shape))
+    def reshape(self, a: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return a.reshape(tuple(shape))
 
-    def take(self, sources, index):
+    def take(self, sources: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
         flat = torch.cat([s.reshape(-1) for s in sources])
         return flat[index.reshape(-1) - 1].reshape(index.shape)

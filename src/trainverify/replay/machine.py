@@ -59,10 +59,6 @@ class Ctx:
     machine: Machine
     m: Algebra
 
-    def argument(self, place: int):
-        """Recorded contents of an argument that the call does not write (a mask or index that depends on symbols)."""
-        return self.machine.native.decode(self.call.args[place])
-
     def decide(self, kind: str, operands, outcome) -> None:
         self.machine.decide(self.call, kind, self.m, tuple(operands), outcome)
 

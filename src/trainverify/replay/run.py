@@ -10,12 +10,12 @@ import torch
 from trainverify.algebra.base import Algebra
 from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, Sequence, TensorRef
 from trainverify.ops.table import OpTable
-from trainverify.replay.collectives import IntAlgebra, deliver
+from trainverify.replay.collectives import Tensors, deliver
 from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Decision, Hooks, Machine, Recorded
 from trainverify.replay.memory import is_float
 
-INTS = IntAlgebra()
+NATIVE = Tensors()
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class World:
         kinds = {d.kind for d in descr}
         if len(kinds) > 1:
             raise ReplayError(f"members of {group} meet in different collectives: {sorted(kinds)}")
-        native = deliver(INTS, descr, [meeting.ins[r]["native"] for r in group])
+        native = deliver(NATIVE, descr, [meeting.ins[r]["native"] for r in group])
         for r, call, values in zip(group, calls, native):
             self._write_native(self.by_rank[r], call, values)
         for m in self.algebras:
