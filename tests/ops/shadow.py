@@ -7,6 +7,8 @@ from torch.utils._pytree import tree_map
 
 from harness import EMPTY, TABLE, evaluate, evaluated, execute, is_view, run_with_grad
 
+from trainverify.algebra.base import Complex
+
 
 class Shadow(TorchDispatchMode):
     """A cell per storage beside torch's own memory. Floats that nothing wrote are data; booleans have a cell if they depend on symbols."""
@@ -20,19 +22,29 @@ class Shadow(TorchDispatchMode):
         self.alive.append(t)                      # so that no address is used twice
         return t.untyped_storage()._cdata
 
+    def places(self, t: torch.Tensor) -> list[tuple]:
+        """Offset, sizes and strides in real elements: one place, or of a complex tensor two."""
+        step = 2 if t.is_complex() else 1
+        return [(t.storage_offset() * step + part, tuple(t.shape), tuple(s * step for s in t.stride())) for part in range(step)]
+
     def write(self, t: torch.Tensor, v) -> None:
-        key, n = self.key(t), t.untyped_storage().nbytes() // t.element_size()
+        key, n = self.key(t), t.untyped_storage().nbytes() // t.element_size() * (2 if t.is_complex() else 1)
         cell = self.cells[key] if key in self.cells else self.m.cell(self.m.const(0, (n,)))
-        self.cells[key] = self.m.store(cell, t.storage_offset(), tuple(t.shape), tuple(t.stride()), v)
+        for place, part in zip(self.places(t), (v.re, v.im) if isinstance(v, Complex) else (v,), strict=True):
+            cell = self.m.store(cell, *place, part)
+        self.cells[key] = cell
 
     def read(self, t: torch.Tensor):
         key = self.key(t)
-        if key not in self.cells and not t.is_floating_point():
+        if key not in self.cells and not t.is_floating_point() and not t.is_complex():
             return t
         if key not in self.cells:
-            flat = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+            flat = torch.empty(0, dtype=t.real.dtype).set_(t.untyped_storage())
             self.cells[key] = self.m.cell(self.m.data(flat.clone()))
-        return self.m.load(self.cells[key], t.storage_offset(), tuple(t.shape), tuple(t.stride()))
+        parts = [self.m.load(self.cells[key], *place) for place in self.places(t)]
+        if not t.is_complex():
+            return parts[0]
+        return Complex(parts[0], self.m.neg(parts[1]) if t.is_conj() else parts[1])
 
     def values(self, tree):
         return tree_map(lambda x: self.read(x) if isinstance(x, torch.Tensor) else x, tree)
@@ -45,7 +57,7 @@ class Shadow(TorchDispatchMode):
         symbolic = any(isinstance(a, torch.Tensor) and a.dtype == torch.bool and self.key(a) in self.cells for a in args)
         if call.base not in EMPTY and (evaluated(call) or symbolic and not is_view(call.op)):
             for t, v in zip(call.live, evaluate(self.m, TABLE(), call, *before)):
-                if v is not None and not isinstance(v, torch.Tensor) and (t.is_floating_point() or t.dtype == torch.bool):
+                if v is not None and not isinstance(v, torch.Tensor) and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
                     self.write(t, v)
         return out
 
