@@ -138,7 +138,7 @@ RIGHT = [
     Law("norm from squares", lambda x: x.norm(), lambda x: (x[:2].norm() ** 2 + x[2:].norm() ** 2) ** 0.5, [X], False),
     Law("square root of a square", lambda x: torch.sqrt(x * x + 1) ** 2, lambda x: x * x + 1, [X]),
     Law("inverse root", lambda x: torch.rsqrt(x * x + 1), lambda x: (x * x + 1).pow(-0.5), [X]),
-    Law("power 3/2", lambda x: (x * x + 1).pow(1.5), lambda x: (x * x + 1) * (x * x + 1).sqrt(), [X]),
+    Law("power 3/2", lambda x: (x * x + 1).pow(1.5), lambda x: (x * x + 1) * (x * x + 1).sqrt(), [X], False),   # u / sqrt(u) is no root in the field
     Law("mean squared error", lambda x, y: F.mse_loss(x, y), lambda x, y: (x - y).pow(2).mean(), [X, Y]),
     Law("binary cross entropy", lambda x, y: F.binary_cross_entropy_with_logits(x, y.detach()),
         lambda x, y: (F.softplus(x) - y.detach() * x).mean(), [X, Y]),
