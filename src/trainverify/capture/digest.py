@@ -1,0 +1,42 @@
+"""Digests of tensor bytes: what lets a later replay notice a write that nobody recorded (trusted)."""
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+_crc32 = zlib.crc32
+_byte = ctypes.c_char
+_strided = torch.strided
+
+
+def crc(tensors: Iterable[torch.Tensor]) -> int:
+    """crc32 over the tensors' elements, one tensor after the other, each in row-major order. Dispatch modes must be off."""
+    value = 0
+    for t in tensors:
+        n = t.nbytes
+        if n and not t.is_meta:
+            if not t.is_contiguous():
+                t = t.contiguous()
+            value = _crc32((_byte * n).from_address(t.data_ptr()), value)
+    return value
+
+
+def contents(t: torch.Tensor) -> np.ndarray:
+    """A copy of a tensor's bytes, elements in row-major order. Dispatch modes must be off."""
+    t = t.detach().contiguous()
+    return _copy(t.data_ptr(), t.nbytes)
+
+
+def storage_bytes(storage: torch.UntypedStorage) -> np.ndarray:
+    """A copy of a storage's bytes."""
+    return _copy(storage.data_ptr(), storage.nbytes())
+
+
+def _copy(address: int, n: int) -> np.ndarray:
+    if not n:
+        return np.empty(0, dtype=np.uint8)
+    return np.frombuffer((ctypes.c_uint8 * n).from_address(address), dtype=np.uint8).copy()

@@ -1,0 +1,156 @@
+"""Arguments as trace data: tensors become references to numbered storages (trusted: two storages never share a number).
+
+A number belongs to a StorageImpl for as long as the trace is recorded: a weak reference pins its address, so that it cannot be
+taken by a later storage, while its memory is freed as the program wants.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._distributed_c10d import ProcessGroup, ReduceOp
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from trainverify.capture.digest import storage_bytes
+from trainverify.ir.trace import Arg, Name, ScalarRef, Sequence, Storage, TensorRef
+
+_BOXED_REDUCE_OPS = {int(v): k.lower() for k, v in ReduceOp.RedOpType.__members__.items()}
+_INT64 = (-(1 << 63), (1 << 64) - 1)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPES[dtype]
+
+
+def _all_dtypes() -> dict[torch.dtype, str]:
+    return {d: str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype)}
+
+
+_DTYPES = _all_dtypes()
+
+
+class Encoder:
+    """One rank's storages, and the encoding of everything that a call takes or returns."""
+
+    def __init__(self, pending_scalars: list):
+        self.blobs: dict[str, np.ndarray] = {}
+        self.sizes: list[int] = []
+        self.present: dict[int, int] = {}      # bytes of the storages that were resized
+        self.initial: list[bool] = []
+        self._ids: dict[int, int] = {}
+        self._pins: list[StorageWeakRef] = []
+        self._pending = pending_scalars
+        self._handlers: dict[type, Callable[[Any], Arg]] = {
+            type(None): _same, bool: _same, str: _same, int: self._int, float: self._float,
+            list: self._sequence, tuple: self._sequence, torch.Size: self._sequence,
+            torch.Tensor: self.read, torch.nn.Parameter: self.read,
+            complex: lambda a: Name("complex", repr(a)), torch.dtype: lambda a: Name("dtype", _DTYPES[a]),
+            torch.device: lambda a: Name("device", str(a)), torch.layout: lambda a: Name("layout", str(a).removeprefix("torch.")),
+            torch.memory_format: lambda a: Name("memory_format", str(a).removeprefix("torch.")),
+            torch.Generator: lambda a: Name("generator", str(a.device)), torch.ScriptObject: _script_object,
+            ScalarRef: _same, TensorRef: _same, Name: _same, Sequence: _same}
+
+    # ---- storages
+    def storage(self, storage: torch.UntypedStorage, made: bool) -> int:
+        """The storage's number; made: the call that is being recorded has just made or filled it."""
+        key = storage._cdata
+        sid = self._ids.get(key)
+        if sid is None:
+            sid = self._ids[key] = len(self._pins)
+            self._pins.append(StorageWeakRef(storage))
+            nbytes = storage.nbytes()
+            self.sizes.append(nbytes)
+            keep = not made and storage.device.type != "meta"
+            self.initial.append(keep)
+            if keep:
+                self.blobs[f"init.{sid}"] = storage_bytes(storage)
+        return sid
+
+    def known(self, storage: torch.UntypedStorage) -> int | None:
+        """The storage's number if it has one."""
+        return self._ids.get(storage._cdata)
+
+    def resized(self, storage: torch.UntypedStorage) -> int | None:
+        """Notes a storage's present size; its number if that differs from what was noted before, else None."""
+        sid = self._ids.get(storage._cdata)
+        if sid is None:
+            return None
+        nbytes = storage.nbytes()
+        if nbytes == self.present.get(sid, self.sizes[sid]):
+            return None
+        self.present[sid] = nbytes
+        self.sizes[sid] = max(self.sizes[sid], nbytes)
+        return sid
+
+    # ---- values
+    def tensor(self, t: torch.Tensor, made: bool) -> Arg:
+        if t.layout is not torch.strided:
+            return Name("opaque", f"{t.layout} tensor".removeprefix("torch."))
+        return TensorRef(self.storage(t.untyped_storage(), made), t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
+
+    def read(self, t: torch.Tensor) -> Arg:
+        return self.tensor(t, False)
+
+    def arg(self, a: Any) -> Arg:
+        """An argument, before the call."""
+        handler = self._handlers.get(type(a))
+        return handler(a) if handler is not None else self._other(a)
+
+    def result(self, a: Any) -> Arg:
+        """A returned value, after the call."""
+        if isinstance(a, torch.Tensor):
+            return self.tensor(a, True)
+        if isinstance(a, (list, tuple)):
+            return Sequence(tuple([self.result(x) for x in a]))
+        return self.arg(a)
+
+    def storages(self) -> list[Storage]:
+        return [Storage(n, i) for n, i in zip(self.sizes, self.initial)]
+
+    def _float(self, a: float) -> Arg:
+        for tracked in self._pending:
+            if float.__eq__(tracked, a) and float.hex(float.__pos__(tracked)) == float.hex(a):
+                return tracked.ref
+        return a
+
+    def _int(self, a: int) -> Arg:
+        return a if _INT64[0] <= a <= _INT64[1] else Name("opaque", f"integer {a}")
+
+    def _sequence(self, a) -> Sequence:
+        handlers = self._handlers
+        out = []
+        for x in a:
+            handler = handlers.get(type(x))
+            out.append(handler(x) if handler is not None else self._other(x))
+        return Sequence(tuple(out))
+
+    def _other(self, a: Any) -> Arg:
+        """What has no exact type of its own above."""
+        if isinstance(a, torch.Tensor):
+            return self.read(a)
+        if isinstance(a, float):
+            return a.ref if hasattr(a, "ref") else self._float(float.__pos__(a))
+        if isinstance(a, int):
+            return self._int(int.__pos__(a))
+        if isinstance(a, (list, tuple)):
+            return self._sequence(a)
+        if isinstance(a, np.generic):
+            return self.arg(a.item())
+        if isinstance(a, torch.UntypedStorage):
+            return Name("storage", str(self.storage(a, False)))
+        return Name("opaque", type(a).__name__)
+
+
+def _same(a: Arg) -> Arg:
+    return a
+
+
+def _script_object(a: torch.ScriptObject) -> Name:
+    kind = a._type().name()
+    if kind == "ProcessGroup":
+        return Name("group", ProcessGroup.unbox(a).group_name)
+    if kind == "ReduceOp":
+        return Name("reduce_op", _BOXED_REDUCE_OPS[a.op()])
+    return Name("opaque", kind)

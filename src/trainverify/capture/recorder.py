@@ -1,0 +1,271 @@
+"""The recorder: one dispatch mode per rank that appends every executed call to its trace (trusted).
+
+It sees each aten, c10d and custom op below autograd, on plain tensors: wrapper subclasses (DTensor, AsyncCollectiveTensor) are
+unwrapped by torch first. Pure views are not recorded, since a trace refers to storages. Communication is done by `Collectives`.
+"""
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainverify.capture import opinfo
+from trainverify.capture.collectives import Collectives
+from trainverify.capture.digest import contents, crc
+from trainverify.capture.encode import Encoder
+from trainverify.capture.opinfo import OpInfo
+from trainverify.capture.patches import Patches
+from trainverify.capture.quiet import unseen
+from trainverify.capture.spans import Spans
+from trainverify.capture.userframes import is_user_file
+from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, Sequence, TensorRef, Trace
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_active_mode = torch._C._get_dispatch_mode
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+# Accesses to memory that torch's own code makes all the time and that give no value to Python.
+_MEMORY_ACCESS = frozenset({"data_ptr", "untyped_storage", "storage", "typed_storage"})
+
+
+class Recorder(TorchDispatchMode):
+    """Records one rank. It is also the sink of tracked scalars (capture/scalars.py)."""
+
+    def __init__(self, side: str, rank: int, world_size: int, channel: Any):
+        super().__init__()
+        self.side, self.rank, self.world_size = side, rank, world_size
+        self.ops: list[OpCall] = []
+        self.notes: list[Note] = []
+        self.pending_scalars: list = []
+        self.last_item: ScalarRef | None = None
+        self.encoder = Encoder(self.pending_scalars)
+        self.spans = Spans()
+        self.blobs = self.encoder.blobs
+        self.collectives = Collectives(self, channel)
+        self._infos: dict[Any, OpInfo] = {}
+        self._scalars = 0
+        self._noted: set[tuple[str, int, str]] = set()
+        self._patches = Patches()
+        self._hooks: list = []
+
+    # ---- life
+    def __enter__(self):
+        self._hooks = self.spans.module_hooks()
+        recorder = self
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, nbytes):
+            result = resize(storage, nbytes)
+            recorder.resized(storage)
+            return result
+
+        self._patches.set(torch.UntypedStorage, "resize_", resize_)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        self._patches.restore()
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*exc)
+
+    def trace(self, **more: Any) -> Trace:
+        """Everything recorded so far."""
+        return Trace(self.side, self.rank, self.world_size, self.ops, self.encoder.storages(), self.spans.items, self.notes, **more)
+
+    # ---- calls that torch dispatches
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if types and any(t not in _PLAIN for t in types):
+            if _active_mode(_FAKE) is None or not any(issubclass(t, FakeTensor) for t in types):
+                return NotImplemented
+        if _active_mode(_FAKE) is not None:    # shape propagation of DTensor: these ops are not the program's
+            return func(*args, **(kwargs or {}))
+        info = self._infos.get(func)
+        if info is None:
+            info = self._infos[func] = opinfo.describe(func)
+        if info.route == opinfo.RECORD:
+            return self._record(info, func, args, kwargs)
+        return self._special(info, func, args, kwargs or {})
+
+    def _special(self, info: OpInfo, func, args, kwargs):
+        route = info.route
+        if route == opinfo.VIEW:
+            self.spans.notice()
+            return func(*args, **kwargs)
+        if route == opinfo.COLLECTIVE:
+            return self.collectives.call(func, args, kwargs)
+        if route == opinfo.ITEM:
+            return self._item(info, func, args)
+        if route == opinfo.DECOMPOSE:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            return self._record(info, func, args, kwargs) if result is NotImplemented else result
+        if route == opinfo.RESIZE:
+            result = func(*args, **kwargs)
+            self.resized(args[0].untyped_storage())
+            return result
+        if route == opinfo.ZERO:               # it has no memory; plain zeros mean the same
+            kwargs.pop("pin_memory", None)
+            zeros = torch.ops.aten.zeros.default
+            return self._record(self._infos.setdefault(zeros, opinfo.describe(zeros)), zeros, args, kwargs)
+        if route == opinfo.UNSUPPORTED:
+            raise Fault(Diagnostic("CAP001", f"{info.name} cannot be recorded", span=self.spans.span(), ranks=(self.rank,),
+                                   fix="Use the ordinary operators instead of this one (no compiled or symmetric-memory path)."))
+        return func(*args, **kwargs)
+
+    def _record(self, info: OpInfo, func, args, kwargs):
+        encoder = self.encoder
+        arg = encoder.arg
+        encoded = tuple([arg(a) for a in args])
+        keywords = {k: arg(v) for k, v in kwargs.items()} if kwargs else {}
+        digest_in = crc(self._read_by(info, args, kwargs))
+        span = self.spans.here()
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            return result
+        outs = encoder.result(result)
+        written = self._written(info, args, kwargs)
+        for t in written:
+            self.resized(t.untyped_storage())
+        writes = tuple([encoder.tensor(t, True) for t in written])
+        call = OpCall(len(self.ops), info.name, encoded, keywords, outs, writes, span, None, digest_in)
+        targets = _targets(result, outs, written, writes)
+        call.digest_out = crc(targets)
+        if info.random and self._draws(info, args, kwargs):
+            call.rng = True
+            for k, t in enumerate(targets):
+                self.blobs[f"rng.{call.index}.{k}"] = contents(t)
+        self.ops.append(call)
+        return result
+
+    @staticmethod
+    def _read_by(info: OpInfo, args, kwargs) -> list[torch.Tensor]:
+        if info.reads_nothing:
+            return []
+        found: list[torch.Tensor] = []
+        for i, a in enumerate(args):
+            if isinstance(a, torch.Tensor):
+                if i not in info.unread:
+                    found.append(a)
+            elif type(a) in (list, tuple) and i not in info.unread:
+                _collect(a, found)
+        if kwargs:
+            for k, a in kwargs.items():
+                if k not in info.unread_keys:
+                    _collect((a,), found)
+        return [_physical(t) for t in found]
+
+    @staticmethod
+    def _written(info: OpInfo, args, kwargs) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for position, name in info.writes:
+            if position < len(args):
+                _collect((args[position],), found)
+            elif kwargs:
+                _collect((kwargs.get(name),), found)
+        if info.hidden_writes and (info.hidden_if is None or args[info.hidden_if]):
+            _collect([args[k] for k in info.hidden_writes], found)
+        if info.name.startswith("fsdp.all_gather_copy_in"):
+            _collect((args[1],), found)
+        return found
+
+    @staticmethod
+    def _draws(info: OpInfo, args, kwargs) -> bool:
+        if info.dropout is None:
+            return True
+        position, name = info.dropout
+        return bool(args[position] if position < len(args) else (kwargs or {}).get(name, 0.0))
+
+    def _item(self, info: OpInfo, func, args):
+        """A value leaves for Python: a float keeps a reference."""
+        value = func(*args)
+        outs: Arg = value
+        if isinstance(value, float):
+            outs = self.last_item = self._new_scalar()
+        elif isinstance(value, complex):
+            outs = Name("complex", repr(value))
+        self.append(info.name, (self.encoder.arg(args[0]),), outs=outs, reads=args)
+        return value
+
+    # ---- calls of our own
+    def append(self, name: str, args: tuple[Arg, ...], *, outs: Arg = None, writes: tuple[TensorRef, ...] = (), kwargs: dict | None = None,
+               reads=(), written=(), collective=None) -> OpCall:
+        """Append a call; `reads` and `written` are the tensors to digest."""
+        call = OpCall(len(self.ops), name, args, kwargs or {}, outs, writes, self.spans.here(), collective, crc(map(_physical, reads)), crc(written))
+        self.ops.append(call)
+        return call
+
+    def emit(self, name: str, *args: Any, outs: Arg = None, writes: tuple[torch.Tensor, ...] = (), **kwargs: Any) -> OpCall:
+        """Append a tv.* call of the session; tensors among the arguments are encoded and digested."""
+        with unseen():
+            refs = tuple([self.encoder.arg(a) for a in args])
+            read = [a for a in args if isinstance(a, torch.Tensor)]
+            written = tuple([self.encoder.tensor(t, True) for t in writes])
+            return self.append(name, refs, outs=outs, writes=written, kwargs=kwargs, reads=read, written=writes)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage may have another size now."""
+        sid = self.encoder.resized(storage)
+        if sid is not None:
+            self.append("tv.resize", (Name("storage", str(sid)), storage.nbytes()))
+
+    def note(self, code: str, text: str) -> None:
+        """Something that the report must say; once for each place."""
+        span = self.spans.here()
+        if (code, span, text) not in self._noted:
+            self._noted.add((code, span, text))
+            self.notes.append(Note(code, span, text))
+
+    # ---- the sink of tracked scalars
+    def _new_scalar(self) -> ScalarRef:
+        self._scalars += 1
+        return ScalarRef(self._scalars - 1)
+
+    def scalar(self, op: str, args: tuple, value: float) -> ScalarRef:
+        ref = self._new_scalar()
+        self.append(f"tv.scalar.{op}", tuple(args), outs=ref, kwargs={"value": float.__pos__(value)})
+        return ref
+
+    def decision(self, op: str, args: tuple, outcome: bool) -> None:
+        self.append("tv.decision", (op, *args), outs=bool(outcome))
+
+    def escape(self, how: str, what: ScalarRef | torch.Tensor) -> None:
+        if isinstance(what, torch.Tensor):
+            if type(what) not in _PLAIN or (how in _MEMORY_ACCESS and not _called_by_user()):
+                return
+            with unseen():
+                what = self.encoder.arg(what)
+        self.append("tv.escape", (how, what))
+
+
+def _called_by_user() -> bool:
+    """Whether the call that our function mode is handling was written by the user."""
+    frame = sys._getframe(2)
+    while frame is not None and "/trainverify/capture/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None and is_user_file(frame.f_code.co_filename)
+
+
+def _collect(a, found: list[torch.Tensor]) -> None:
+    for x in a:
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            _collect(x, found)
+
+
+def _physical(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _targets(result, outs: Arg, written: list[torch.Tensor], writes: tuple[TensorRef, ...]) -> list[torch.Tensor]:
+    """The tensors of `OpCall.targets()`, in its order."""
+    found: list[torch.Tensor] = []
+    _collect((result,), found)
+    if written:
+        returned = (outs,) if isinstance(outs, TensorRef) else outs.items if isinstance(outs, Sequence) else ()
+        found += [t for t, ref in zip(written, writes) if ref not in returned]
+    return found

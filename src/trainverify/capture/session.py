@@ -1,0 +1,322 @@
+"""Capture of a spec's two programs: forks the ranks, runs the user's functions under the recorder, brings the traces back (trusted)."""
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from trainverify.api import Reference, Training
+from trainverify.capture.groups import process_groups
+from trainverify.capture.model import chunks_of
+from trainverify.capture.options import CaptureOptions
+from trainverify.capture.outputs import Outputs
+from trainverify.capture.recorder import Recorder
+from trainverify.capture.ring_attention import ring_attention
+from trainverify.capture.scalars import ScalarMode
+from trainverify.capture.shim import cuda_shim
+from trainverify.capture.spec import Spec
+from trainverify.capture.symbols import Handed, Symbols
+from trainverify.capture.tags import Tagger
+from trainverify.capture.userframes import call_through
+from trainverify.capture.world import Rank, run_world
+from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.ir.files import load_program, save_rank, write_index
+from trainverify.ir.trace import Group, Program
+
+_decode_handed = msgspec.msgpack.Decoder(Handed).decode
+
+
+class Phase(msgspec.Struct, frozen=True):
+    """Seconds of one part of the capture, for the report."""
+
+    name: str
+    seconds: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Of one side, over all ranks: recorded calls, seconds of CPU and of waiting, memory (PSS, bytes)."""
+
+    ops: int = 0
+    cpu: float = 0.0
+    waited: float = 0.0
+    memory: int = 0
+
+    @property
+    def ops_per_second(self) -> float:
+        return self.ops / self.cpu if self.cpu else 0.0
+
+
+@dataclass(frozen=True)
+class SideCapture:
+    """One side. program is None if it faulted; the diagnostics then say why."""
+
+    program: Program | None
+    diagnostics: tuple[Diagnostic, ...]
+    stats: Stats
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReferenceCapture(SideCapture):
+    """The reference, with what the parallel program is handed."""
+
+    handed: Handed = field(default_factory=Handed)
+    checkpoint: Path = Path()
+
+
+@dataclass(frozen=True)
+class ParallelCapture(SideCapture):
+    """The parallel program in one case."""
+
+    case: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 0
+
+
+@dataclass
+class Captured:
+    """Both sides; a side that faulted is None."""
+
+    reference: Program | None = None
+    parallel: Program | None = None
+    ranks: int = 0
+    case: dict[str, Any] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    peak_memory: int = 0
+
+
+class _Result(msgspec.Struct):
+    """What a rank sends back besides its files."""
+
+    ops: int
+    cpu: float
+    memory: int
+    handed: bytes = b""
+
+
+# ---- in the parent
+
+def capture(spec: Spec, options: Any = CaptureOptions(), progress: Callable | None = None) -> Captured:
+    """Capture the reference, then the parallel program. `options`: CaptureOptions, or anything with its fields' names."""
+    case = spec.case(dict(options.case))
+    done = Captured(ranks=spec.world_size(options.ranks, case), case=case)
+    with _folder(options.workdir) as folder:
+        for capture_side in (lambda: capture_reference(spec, options, folder, progress),
+                             lambda: capture_parallel(spec, reference, case, options, folder, progress)):
+            side = capture_side()
+            done.diagnostics += side.diagnostics
+            done.peak_memory = max(done.peak_memory, side.stats.memory)
+            name = "reference" if isinstance(side, ReferenceCapture) else "parallel"
+            done.phases.append(Phase(f"capture {name}", side.seconds, f"{side.stats.ops:,} calls"))
+            setattr(done, name, side.program)
+            if side.program is None:
+                return done
+            reference = side
+    return done
+
+
+def capture_reference(spec: Spec, options: Any, folder: Path | None = None, progress: Callable | None = None) -> ReferenceCapture:
+    """Run the reference in a process of its own."""
+    with _folder(folder or options.workdir) as base:
+        side, results = _run("reference", 1, partial(_reference_child, spec, options, base), base, options, progress)
+        handed = _decode_handed(results[0].handed) if results else Handed()
+        return ReferenceCapture(**vars(side), handed=handed, checkpoint=base / "checkpoint")
+
+
+def capture_parallel(spec: Spec, reference: ReferenceCapture, case: dict[str, Any], options: Any, folder: Path | None = None,
+                     progress: Callable | None = None) -> ParallelCapture:
+    """Run the parallel program, one process per rank."""
+    ranks = spec.world_size(options.ranks, case)
+    with _folder(folder or options.workdir) as base:
+        child = partial(_parallel_child, spec, reference.handed, reference.checkpoint, case, options, base)
+        side, _ = _run("parallel", ranks, child, base, options, progress)
+        return ParallelCapture(**vars(side), case=case, ranks=ranks)
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    """A folder for traces; a temporary one is removed."""
+    if given is not None:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        yield Path(given)
+        return
+    made = Path(tempfile.mkdtemp(prefix="trainverify-"))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options: Any, progress: Callable | None) -> tuple[SideCapture, list[_Result]]:
+    started = time.perf_counter()
+    shutil.rmtree(base / side, ignore_errors=True)
+    told = (lambda rank, text: progress(f"capture {side}", text)) if progress else None
+    if progress:
+        progress(f"capture {side}", f"{n} ranks" if n > 1 else "1 rank")
+    world = run_world(n, child, timeout=options.timeout, on_progress=told)
+    faulted = any(d.severity in ("error", "internal") for d in world.faults)
+    results = [] if faulted else [msgspec.msgpack.decode(r, type=_Result) for r in world.results]
+    program = None
+    if results:
+        write_index(base / side, side, n)
+        program = load_program(base / side)
+    stats = Stats(sum(r.ops for r in results), sum(r.cpu for r in results), sum(u.waited for u in world.usage), sum(r.memory for r in results))
+    return SideCapture(program, world.faults, stats, time.perf_counter() - started), results
+
+
+# ---- in a rank
+
+class _Session:
+    """One rank of one side while it is captured."""
+
+    def __init__(self, side: str, rank: Rank, options: Any, base: Path, symbols: bool):
+        self.options, self.base, self.rank = options, base, rank
+        self.recorder = Recorder(side, rank.rank, rank.world_size, rank.channel)
+        self.symbols = Symbols(self.recorder, Tagger(options.seed)) if symbols else None
+        self.outputs = Outputs(self.recorder, self.symbols)
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        """What the program meets: process groups, GPUs that are none, optimizers that are watched."""
+        note = self.recorder.note
+        with ExitStack() as stack:
+            stack.enter_context(process_groups(self.rank.rank, self.rank.world_size, note))
+            stack.enter_context(cuda_shim(self.recorder, local_rank=self.rank.rank, count=self.rank.world_size))
+            stack.enter_context(ring_attention(note))
+            stack.enter_context(self.outputs)
+            yield
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with self.recorder, ScalarMode(self.recorder):
+            yield
+
+    def training(self, function: Callable, args: tuple, kwargs: dict) -> Training:
+        made = call_through(function, args, kwargs)
+        if not isinstance(made, Training):
+            name = getattr(function, "__name__", "the function")
+            raise Fault(Diagnostic("SPEC008", f"{name}() returned {'nothing' if made is None else 'a ' + type(made).__name__}", ranks=(self.rank.rank,),
+                                   fix="Return tv.Training(model, step)."))
+        return made
+
+    def steps(self, training: Training) -> None:
+        """All steps, then finish(), each followed by its outputs."""
+        last = self.options.steps
+        for n in range(1, last + 1):
+            self.rank.channel.progress(f"step {n} of {last}")
+            self.outputs.begin_step(n)
+            reported = call_through(training.step, (), {})
+            self.outputs.after_step(reported)
+            if n < last:
+                self.outputs.parameters()
+        if training.finish is not None:
+            call_through(training.finish, (), {})
+        self.outputs.parameters()
+        self.outputs.end()
+
+    def save(self, handed: bytes = b"") -> bytes:
+        meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case))}
+        trace = self.recorder.trace(groups=_groups(), steps=self.options.steps, meta=meta)
+        result = _Result(len(trace.ops), time.process_time(), _pss(), handed)
+        save_rank(self.base / trace.side, trace, self.recorder.blobs)
+        return msgspec.msgpack.encode(result)
+
+
+def _reference_child(spec: Spec, options: Any, base: Path, rank: Rank) -> bytes:
+    session = _Session("reference", rank, options, base, symbols=True)
+    with session.environment():
+        with session.recording():
+            training = session.training(spec.reference, (), {})
+            chunks = chunks_of(training.model, "reference()")
+            session.outputs.begin(chunks)
+            session.symbols.define_batch(training.batch)
+        handed = msgspec.msgpack.encode(session.symbols.hand_over(chunks, training.batch))
+        _write_checkpoint(training, chunks, base / "checkpoint")
+        with session.recording():
+            session.steps(training)
+        return session.save(handed)
+
+
+def _parallel_child(spec: Spec, handed: Handed, checkpoint: Path, case: dict[str, Any], options: Any, base: Path, rank: Rank) -> bytes:
+    session = _Session("parallel", rank, options, base, symbols=False)
+    tensors, weights, batch = handed.build()
+    with session.environment():
+        for given, tensor in zip(handed.tensors, tensors):
+            if given.symbol:
+                plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                session.recorder.emit("tv.symbol", given.kind, given.symbol, plain)
+        with session.recording():
+            training = session.training(spec.parallel, (Reference(weights, batch, checkpoint),), case)
+            session.outputs.begin(chunks_of(training.model, "parallel()"))
+            session.steps(training)
+        return session.save()
+
+
+def _write_checkpoint(training: Training, chunks: list[torch.nn.Module], folder: Path) -> None:
+    """Let the reference save itself, in a fork: whatever saving does to the program must not be part of it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    report = folder.parent / "checkpoint.error"
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if training.save is not None:
+                training.save(str(folder))
+            else:
+                _save_weights(chunks, folder)
+            status = 0
+        except BaseException as e:             # it is told by the parent; this process must not go on
+            report.write_text(f"{type(e).__name__}: {e}\n" + traceback.format_exc())
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        text = report.read_text() if report.exists() else f"status {status}"
+        raise Fault(Diagnostic("SPEC012", f"the reference's save() failed: {text.splitlines()[0]}", notes=tuple(text.splitlines()[-12:]),
+                               fix="save(dir) must write a checkpoint into the folder that it is given."))
+
+
+def _save_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    entries = {k: v for chunk in chunks for k, v in chunk.state_dict().items() if isinstance(v, torch.Tensor)}
+    save_file({k: v.detach().clone().contiguous() for k, v in entries.items()}, folder / "model.safetensors")
+
+
+def _groups() -> list[Group]:
+    """All process groups of this rank, with the mesh axes that they belong to."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    axes: dict[str, str] = {}
+    for mesh in (o for o in gc.get_objects() if isinstance(o, DeviceMesh)):
+        for axis, name in zip(mesh.mesh_dim_names or (), getattr(mesh, "_dim_group_names", ())):
+            axes.setdefault(name, axis)
+    world = dist.distributed_c10d._world
+    return [Group(pg.group_name, tuple(dist.get_process_group_ranks(pg)), axes.get(pg.group_name, "")) for pg in world.pg_map]
+
+
+def _pss() -> int:
+    """Proportional set size in bytes (0 where the system does not tell)."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))

@@ -1,0 +1,195 @@
+"""Spec files: loading them, their functions and settings, and cases from the command line (not trusted).
+
+A spec is the user's Python file. Everything that is wrong with it is a diagnostic that shows the user's own line.
+"""
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainverify.capture.userframes import frames_of_exception
+from trainverify.diagnostics import Diagnostic, Fault, Span
+from trainverify.ops.table import OpRow
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A spec as it was read. ranks: default world size, or a function of the case; cases: the spec's CASES; path: "" for functions."""
+
+    path: str
+    reference: Callable[[], Any]
+    parallel: Callable[..., Any]
+    ranks: int | Callable[..., int] | None = None
+    cases: tuple[dict[str, Any], ...] = ()
+    ops: tuple[Any, ...] = ()
+
+    def op_rows(self) -> tuple[OpRow, ...]:
+        """Rows for custom ops."""
+        return self.ops
+
+    def case(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for parallel(ref, ...): what was given, checked against its signature and brought to its types.
+
+        Where nothing is given and parallel has parameters without defaults, the first of CASES fills them in.
+        """
+        parameters = _case_parameters(self.parallel)
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        known = {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        unknown = [k for k in given if k not in known and not anything]
+        if unknown:
+            names = ", ".join(known) or "none"
+            raise self._fault("SPEC006", f"parallel() has no argument {unknown[0]!r} (its arguments after ref: {names})",
+                              "Use one of them in --case, or add the argument to parallel().")
+        merged = dict(given)
+        if not given and self.cases and (anything or any(p.default is p.empty for p in known.values())):
+            merged = dict(self.cases[0])
+        missing = [k for k, p in known.items() if p.default is p.empty and k not in merged]
+        if missing:
+            raise self._fault("SPEC006", f"parallel() needs a value for {', '.join(missing)}", f"Pass --case {missing[0]}=VALUE, or give it a default.")
+        return {k: self._typed(k, v, known.get(k)) for k, v in merged.items()}
+
+    def world_size(self, ranks: int | None, case: dict[str, Any]) -> int:
+        """The number of ranks to run."""
+        n = ranks if ranks is not None else self.ranks
+        if callable(n):
+            n = call_user(lambda: self.ranks(**case), "RANKS")
+        if n is None:
+            raise self._fault("SPEC005", "the spec does not say how many ranks to run", "Define RANKS = N in the spec, or pass --ranks N.")
+        if type(n) is not int or n < 1:
+            raise self._fault("SPEC005", f"RANKS is {n!r}, which is no positive integer", "Define RANKS = N in the spec.")
+        return n
+
+    def _typed(self, key: str, value: Any, parameter: inspect.Parameter | None) -> Any:
+        kind = _expected_type(parameter)
+        if kind is None or not isinstance(value, (str, int, float, bool)):
+            return value
+        try:
+            return _convert(value, kind)
+        except ValueError:
+            raise self._fault("SPEC007", f"case argument {key}={value!r} is no {kind.__name__}",
+                              f"parallel() takes {key} as {kind.__name__}.") from None
+
+    def _fault(self, code: str, message: str, fix: str) -> Fault:
+        code_object = getattr(self.parallel, "__code__", None)
+        span = Span(code_object.co_filename, code_object.co_firstlineno, code_object.co_name, phase="setup") if code_object else None
+        return Fault(Diagnostic(code, message, span=span, fix=fix))
+
+
+def load_spec(path: str | Path) -> Spec:
+    """Import a spec file; raises Fault with a SPEC code for everything that keeps it from being used."""
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise Fault(Diagnostic("SPEC001", f"{path}: no such file", fix="Name a Python file that defines reference() and parallel(ref)."))
+    folder = str(file.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = types.ModuleType(file.stem)
+    module.__file__ = str(file)
+    sys.modules[file.stem] = module            # functions and classes of the spec must be found by their module's name
+
+    def run() -> None:
+        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+
+    try:
+        call_user(run, f"importing {file.name}", "SPEC002")
+    except Fault:
+        del sys.modules[file.stem]
+        raise
+    return _spec(str(path), str(file), vars(module))
+
+
+def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None) -> Spec:
+    """A spec from two functions, as a file would define them."""
+    names = {"reference": reference, "parallel": parallel, "RANKS": ranks}
+    return _spec("", getattr(getattr(parallel, "__code__", None), "co_filename", ""), names)
+
+
+def parse_case(texts: Iterable[str]) -> dict[str, Value]:
+    """"tp=4,dp=2" (several times) -> {"tp": 4, "dp": 2}; what is no number and no truth value stays a string."""
+    case: dict[str, Value] = {}
+    for part in (p for text in texts for p in text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise Fault(Diagnostic("SPEC006", f"--case {part!r} is not of the form NAME=VALUE", fix="Write --case tp=4,dp=2."))
+        case[key.strip()] = _literal(value.strip())
+    return case
+
+
+def call_user(function: Callable[[], Any], what: str, code: str = "SPEC002") -> Any:
+    """Run the user's code here in the parent; an exception becomes a diagnostic with the user's own line."""
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        frames = frames_of_exception(error)
+        span = Span(*frames[-1][:3], phase="setup", stack=tuple(f[:3] for f in frames[-2::-1])) if frames else None
+        notes = tuple(f"{file}:{line} in {function}: {text}" for file, line, function, text in reversed(frames))
+        raise Fault(Diagnostic(code, f"{what} raised {type(error).__name__}: {error}", span=span, notes=notes,
+                               fix="The spec must be importable by itself; run `python` on it to see the error.")) from error
+
+
+def _spec(path: str, file: str, names: dict[str, Any]) -> Spec:
+    for name, what in (("reference", "reference()"), ("parallel", "parallel(ref)")):
+        if not callable(names.get(name)):
+            kind = "no" if names.get(name) is None else f"a {type(names[name]).__name__} in place of"
+            raise Fault(Diagnostic("SPEC003", f"{file or 'the spec'} defines {kind} {what}", span=Span(file, 1, "<module>", phase="setup") if file else None,
+                                   fix="Define reference() -> tv.Training and parallel(ref, **case) -> tv.Training."))
+    cases = names.get("CASES") or ()
+    if isinstance(cases, dict):
+        cases = tuple(cases.values())
+    if not isinstance(cases, (list, tuple)) or not all(isinstance(c, dict) for c in cases):
+        raise Fault(Diagnostic("SPEC004", f"CASES is {cases!r}, which is no list of dicts", span=Span(file, 1, "<module>", phase="setup"),
+                               fix='Write CASES = [{"tp": 2}, {"tp": 3}].'))
+    ops = names.get("OPS") or ()
+    wrong = [o for o in ops if not isinstance(o, OpRow)]
+    if wrong:
+        raise Fault(Diagnostic("SPEC004", f"OPS holds {wrong[0]!r}, which is no OpRow", span=Span(file, 1, "<module>", phase="setup"),
+                               fix="Fill OPS with trainverify.ops.table.OpRow values."))
+    return Spec(path, names["reference"], names["parallel"], names.get("RANKS"), tuple(cases), tuple(ops))
+
+
+def _case_parameters(parallel: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of parallel() after ref."""
+    parameters = dict(list(inspect.signature(parallel).parameters.items())[1:])
+    return {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)}
+
+
+def _expected_type(parameter: inspect.Parameter | None) -> type | None:
+    if parameter is None:
+        return None
+    names = {"int": int, "float": float, "bool": bool, "str": str}
+    annotation = names.get(parameter.annotation, parameter.annotation) if isinstance(parameter.annotation, str) else parameter.annotation
+    if annotation in (int, float, bool, str):
+        return annotation
+    return type(parameter.default) if type(parameter.default) in (int, float, bool, str) else None
+
+
+def _convert(value: Value, kind: type) -> Value:
+    if kind is str:
+        return str(value)
+    if kind is bool:
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise ValueError(value)
+    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        raise ValueError(value)
+    return kind(value)
+
+
+def _literal(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

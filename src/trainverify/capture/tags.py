@@ -1,0 +1,122 @@
+"""Tags: the values that symbols have while a program is captured (trusted: two symbols never share a value that decodes).
+
+Every symbol gets a value near its initial one, distinct from all others of the run. Tags of 32 and 64 bit floats are fp32 numbers
+whose low mantissa bits are a checksum of the others, so that ordinary data does not decode by accident; tags of 16 bit floats
+are distinct numbers of their type, which is possible for a few hundred elements only.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHECK_BITS = 6
+_CHECK_MASK = (1 << _CHECK_BITS) - 1
+_ROUNDS = 40
+WIDE, NARROW = ("float32", "float64"), ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Tags:
+    """fp32 values for one symbol block; distinct: all differ from each other and from those of all other blocks."""
+
+    values: np.ndarray
+    distinct: bool
+
+
+class Tagger:
+    """Hands out tags; remembers all that it gave."""
+
+    def __init__(self, seed: int):
+        self._random = np.random.default_rng([seed, 0x7A6])
+        self._used = np.empty(0, dtype=np.uint32)
+
+    def tag(self, initial: np.ndarray, dtype: str, positive: bool = False) -> Tags:
+        """Tags for a flat fp32 array of initial values of a tensor of `dtype`. positive: no tag is negative."""
+        make = _checksummed if dtype in WIDE else _NARROW[dtype]
+        base = np.nan_to_num(initial.astype(np.float64), nan=0.0, posinf=1.0, neginf=-1.0)
+        values = make(self._near(base, positive, 1.0)).astype(np.float32)
+        for round_ in range(1, _ROUNDS):
+            again = self._clashes(values)
+            if not again.any():
+                break
+            values[again] = make(self._near(base[again], positive, 1.0 + 0.25 * round_))
+        clashes = self._clashes(values)
+        self._used = np.union1d(self._used, values[~clashes].view(np.uint32))
+        return Tags(values, not clashes.any())
+
+    def _near(self, base: np.ndarray, positive: bool, spread: float) -> np.ndarray:
+        """Perturbed values: a tenth of the magnitude, and never near 0, where a wrong factor would not show."""
+        scale = float(np.sqrt(np.mean(base * base))) if base.size else 0.0
+        typical = scale if scale > 0 else 0.1
+        noise = self._random.uniform(-1.0, 1.0, base.shape)
+        sign = np.where(noise < 0, -1.0, 1.0)
+        moved = base + spread * 0.1 * noise * np.maximum(np.abs(base), 0.2 * typical)
+        small = np.abs(moved) < 0.05 * typical
+        moved = np.where(small, sign * typical * self._random.uniform(0.05, 0.3, base.shape) * spread, moved)
+        return np.abs(moved) if positive else moved
+
+    def _clashes(self, values: np.ndarray) -> np.ndarray:
+        """Where a value was given before, or stands earlier in the array."""
+        bits = values.view(np.uint32)
+        first = np.zeros(bits.shape, dtype=bool)
+        first[np.unique(bits, return_index=True)[1]] = True
+        return ~first | np.isin(bits, self._used)
+
+
+def _checksummed(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32)
+    head = bits >> _CHECK_BITS
+    return ((head << _CHECK_BITS) | _check(head)).astype(np.uint32).view(np.float32)
+
+
+def _check(head: np.ndarray) -> np.ndarray:
+    """1 .. 63: never 0, so that short numbers (0.5, 1, 0.02 in bf16) are no tags."""
+    mixed = (head.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    return (mixed % np.uint64(_CHECK_MASK) + np.uint64(1)).astype(np.uint32)
+
+
+def is_checksummed(values: np.ndarray) -> np.ndarray:
+    """Which fp32 values carry the checksum."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return (bits & _CHECK_MASK) == _check(bits >> _CHECK_BITS)
+
+
+def _bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _float16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).astype(np.float32)
+
+
+_NARROW = {"bfloat16": _bfloat16, "float16": _float16}
+
+
+class TagTable:
+    """From values back to symbols: blocks of symbols in the order of their definition, numbered one after the other."""
+
+    def __init__(self, blocks: list[tuple[str, np.ndarray]]):
+        self.names = [name for name, _ in blocks]
+        self.first = np.cumsum([0] + [v.size for _, v in blocks])[:-1]
+        bits = np.concatenate([v.reshape(-1).astype(np.float32) for _, v in blocks] or [np.empty(0, np.float32)]).view(np.uint32)
+        order = np.argsort(bits, kind="stable")
+        shared = np.zeros(bits.shape, dtype=bool)
+        same = bits[order][1:] == bits[order][:-1]
+        shared[order[1:][same]] = shared[order[:-1][same]] = True
+        keep = order[~shared[order]]
+        self._bits, self._numbers = bits[keep], keep.astype(np.int64)
+
+    def decode(self, values: np.ndarray) -> np.ndarray:
+        """The symbol number of each fp32 value, -1 where it is no symbol's alone."""
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        if not self._bits.size:
+            return np.full(bits.shape, -1, dtype=np.int64)
+        at = np.minimum(np.searchsorted(self._bits, bits), self._bits.size - 1)
+        return np.where(self._bits[at] == bits, self._numbers[at], -1)
+
+    def name(self, number: int) -> tuple[str, int]:
+        """Name and element of a symbol number."""
+        block = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self.names[block], int(number - self.first[block])
