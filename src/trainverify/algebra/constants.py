@@ -132,7 +132,7 @@ class Constants:
         self._data: list[np.ndarray] = []     # float32 data of the reference with many significant bits
         self._reference_data = np.zeros(0)
         self._reference_array = np.zeros(0)
-        self._literals: list[Entry] = []      # irrational Python scalars
+        self._scalars: list[Entry] = []       # irrational scalars, not from tables
         self._merged: dict[tuple[float, float, object], Rounding] = {}
         self._sqrt_pi = self._atom("sqrt(pi)")
 
@@ -158,7 +158,8 @@ class Constants:
         implied: dict[float, tuple[int, ...]] = {}
         if structure is not None and any(v not in self._known and self._find(v) is None for v in positive):
             implied = self._implied(structure()[:, long], inverse, values.tolist())
-        new = [math.copysign(self._entry(v, implied.get(v), int(c)), s) for v, s, c in zip(positive, values.tolist(), counts)]
+        few = len(positive) <= 2              # a scalar, not a table
+        new = [math.copysign(self._entry(v, implied.get(v), int(c), few), s) for v, s, c in zip(positive, values.tolist(), counts)]
         out = x.clone()
         out[long] = torch.from_numpy(np.array(new)[inverse])
         return out
@@ -169,11 +170,11 @@ class Constants:
         rows = residues[:, torch.from_numpy(first)].t().tolist()
         return {abs(v): tuple(r if v > 0 else -r % m for r, m in zip(row, primes.MODULI)) for v, row in zip(values, rows)}
 
-    def _entry(self, v: float, implied: tuple[int, ...] | None, count: int, literal: bool = False) -> float:
+    def _entry(self, v: float, implied: tuple[int, ...] | None, count: int, scalar: bool) -> float:
         """Canonical value for a positive content; registers it if new."""
         entry = self._known.get(v) or self._find(v)
         if entry is None:
-            entry = self._new(v, implied, literal)
+            entry = self._new(v, implied, scalar)
         self._known[v] = entry
         if self.parallel and entry.value != v and abs(entry.value - v) > SAME * v:
             self._note(v, entry.value, count)
@@ -184,7 +185,7 @@ class Constants:
         near = _nearest(self._sorted, v)
         return self._known[near] if near is not None and abs(near - v) <= SAME * v else None
 
-    def _new(self, v: float, implied: tuple[int, ...] | None, literal: bool) -> Entry:
+    def _new(self, v: float, implied: tuple[int, ...] | None, scalar: bool) -> Entry:
         f = rational(v)
         if f is not None:
             rounded = float(np.float32(v))
@@ -198,8 +199,8 @@ class Constants:
                 return self._known_or_exact(min(near, key=lambda w: abs(w - v)))
         residues = self._recognise(v) if implied is None else implied
         entry = self._register(Entry(v, residues or self._atom(v), False, False))
-        if literal:
-            self._literals.append(entry)
+        if scalar:
+            self._scalars.append(entry)
         return entry
 
     def _known_or_exact(self, v: float) -> Entry:
@@ -223,7 +224,7 @@ class Constants:
         return tuple(pow(primes.key(self._seed, f"constant|{what!r}|{m}") % (m - 1) + 1, 2, m) for m in primes.MODULI)
 
     def _recognise(self, v: float) -> tuple[int, ...] | None:
-        """Roots of small rationals, times a power of sqrt(pi) or of an earlier irrational literal."""
+        """Roots of small rationals, times a power of sqrt(pi) or of an earlier irrational scalar."""
         for root, times in ((2, 1), (4, 2)):
             f = _near_power(v, root, 1 << 26)
             if f is not None:
@@ -232,7 +233,7 @@ class Constants:
             f = _near_power(v / math.pi ** (n / 2), 2, 1 << 20)
             if f is not None:
                 return _times(_root(fraction_residues(f)), _raised(self._sqrt_pi, n))
-        for base in self._literals[-32:]:     # v ** root = r * base ** n
+        for base in self._scalars[-32:]:      # v ** root = r * base ** n
             for n in (1, -1, 2, -2, 4, -4):
                 for root, times in ((1, 0), (2, 1)):
                     f = _near_power(v / base.value ** (n / root), root, 1 << 20)
@@ -246,7 +247,7 @@ class Constants:
         t = torch.tensor(x, dtype=torch.float64)
         if bool(is_short(t)) or (x == round(x) and abs(x) < _EXACT_WHOLE):
             return x
-        return math.copysign(self._entry(abs(x), None, 1, literal=True), x)
+        return math.copysign(self._entry(abs(x), None, 1, True), x)
 
     def scalar_float32(self, x: float) -> float:
         """Canonical content of a 0-d float32 tensor."""

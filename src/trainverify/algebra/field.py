@@ -469,7 +469,7 @@ class Field(Order):
     # ---- movement
     def reshape(self, a, shape: Sequence[int]):
         shape = tuple(shape)
-        return a if shape == a.shape else a.move(lambda t, lead: t.reshape(*t.shape[:lead], *shape))
+        return a if shape == a.shape else a.move(lambda t, lead: t.reshape((*t.shape[:lead], *shape)))
 
     def permute(self, a, dims: Sequence[int]):
         dims = [d % len(a.shape) for d in dims]
@@ -480,7 +480,7 @@ class Field(Order):
         shape = tuple(a.shape[i - missing] if s == -1 else s for i, s in enumerate(shape))
         if shape == a.shape:
             return a
-        return a.move(lambda t, lead: t.reshape(*t.shape[:lead], *([1] * missing), *t.shape[lead:]).expand(*t.shape[:lead], *shape))
+        return a.move(lambda t, lead: t.reshape((*t.shape[:lead], *([1] * missing), *t.shape[lead:])).expand((*t.shape[:lead], *shape)))
 
     def take(self, sources: Sequence[FieldValue], index: torch.Tensor):
         if all(s.num is not None for s in sources):
@@ -558,8 +558,7 @@ class Field(Order):
         if v.num is not None and (cell.value.num is None and not whole):
             v = FieldValue(v.shape, self._lift(v), sp=v.sp)
         elif v.num is None and cell.value.num is not None:
-            old = cell.value
-            cell.value, cell.owned = FieldValue(old.shape, self._lift(old), sp=old.sp), False
+            cell.become(FieldValue(cell.value.shape, self._lift(cell.value), sp=cell.value.sp))
         cell.store(offset, size, stride, v)
         return cell
 

@@ -109,14 +109,17 @@ class Cell:
 
     def __init__(self, value: FieldValue):
         self.n = value.shape[0]
-        self.value = value
+        self.become(value)
+
+    def become(self, value: FieldValue) -> None:
+        self.value = value.move(lambda t, lead: t.contiguous())
         self.owned = False
 
     def load(self, offset: int, size: Sequence[int], stride: Sequence[int]) -> FieldValue:
         size, stride, v = tuple(size), tuple(stride), self.value
         if offset == 0 and is_dense(size, stride, self.n):
             self.owned = False
-            return v.move(lambda t, lead: t.reshape(*t.shape[:lead], *size))
+            return v.move(lambda t, lead: t.reshape((*t.shape[:lead], *size)))
         out = v.move(lambda t, lead: _view(t, lead, offset, size, stride).clone(memory_format=torch.contiguous_format))
         if out.sp is not None and not out.sp.any():
             out.sp = None
@@ -126,7 +129,7 @@ class Cell:
         """v: of the cell's kind (constant or symbolic)."""
         size, stride = tuple(size), tuple(stride)
         if offset == 0 and is_dense(size, stride, self.n):
-            self.value, self.owned = v.move(lambda t, lead: t.reshape(*t.shape[:lead], self.n)), False
+            self.value, self.owned = v.move(lambda t, lead: t.reshape((*t.shape[:lead], self.n)).contiguous()), False
             return
         mine = self.value
         if not self.owned:
