@@ -16,11 +16,11 @@ from trainverify.capture.patches import Note, Patches, caller_is_user
 from trainverify.diagnostics import Diagnostic, Fault
 
 
-def init_fake(rank: int, world_size: int) -> None:
+def init_fake(rank: int, world_size: int, init=c10d.init_process_group) -> None:
     """Initialise the default process group with the fake backend."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    init("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ class _Groups:
             if self.init_calls:
                 raise ValueError("trying to initialize the default process group twice!")
         else:
-            init_fake(self.rank, self.world_size)
+            init_fake(self.rank, self.world_size, self.original_init)
         self.init_calls += 1
         if backend:
             self.asked[dist.group.WORLD.group_name] = str(backend).lower()
