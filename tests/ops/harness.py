@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from trainverify.algebra.base import Complex
 from trainverify.algebra.real import Real
 from trainverify.ir.trace import Name, OpCall, Sequence, TensorRef
-from trainverify.ops.table import OpTable, Rows
+from trainverify.ops.table import OpTable, Rows, standard_table
 
 torch.set_num_threads(1)
 CHECKED: set[str] = set()          # names of rows that took part in a check, for assert_covered
@@ -185,12 +185,7 @@ _table: list[OpTable] = []
 
 def TABLE() -> OpTable:
     if not _table:
-        from importlib import import_module
-        from pathlib import Path
-        import trainverify.ops
-        names = sorted(p.stem for p in Path(trainverify.ops.__file__).parent.glob("*.py"))
-        mods = [import_module(f"trainverify.ops.{n}") for n in names]
-        _table.append(OpTable([r for mod in mods if hasattr(mod, "rows") for r in mod.rows.items]))
+        _table.append(standard_table())
     return _table[0]
 
 
