@@ -48,8 +48,10 @@ def assert_equivalent(reference, parallel=None, **options) -> Report:
 
 
 def capture_spec(path, out: Path, options: Options = Options(), progress: Callable = _quiet) -> Report:
-    """Capture only; the traces stay in `out`, and verify_dir works from them."""
-    return verify_spec(path, replace(options, workdir=Path(out), keep=True, dry_run=True), progress)
+    """Capture only; the traces stay in `out`, and verify_dir works from them. The report has no outputs: nothing was compared."""
+    from trainverify.capture.spec import load_spec
+
+    return _verify(lambda: load_spec(Path(path)), replace(options, workdir=Path(out), keep=True), progress, str(path), compare=False)
 
 
 def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) -> Report:
@@ -61,10 +63,10 @@ def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) 
 
     started = time.perf_counter()
     report = Report(spec=str(path), steps=options.steps, seed=options.seed)
-    return _finish(report, started, lambda: _analyse(report, *programs(), (), options, progress, None))
+    return _finish(report, started, lambda: _analyse(report, *programs(), (), options, progress))
 
 
-def _verify(load: Callable, options: Options, progress: Callable, name: str) -> Report:
+def _verify(load: Callable, options: Options, progress: Callable, name: str, compare: bool = True) -> Report:
     started = time.perf_counter()
     report = Report(spec=name, case=dict(options.case), steps=options.steps, seed=options.seed)
 
@@ -80,8 +82,8 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str) -> 
         report.peak_memory = max(report.peak_memory, captured.peak_memory)
         if captured.parallel is None or captured.reference is None:
             report.verdict = "ERROR"
-            return
-        _analyse(report, captured.reference, captured.parallel, spec.op_rows(), options, progress, captured)
+        elif compare:
+            _analyse(report, captured.reference, captured.parallel, spec.op_rows(), options, progress)
 
     return _finish(report, started, body)
 
@@ -102,7 +104,7 @@ def rerun_line(report: Report) -> str:
     return f"trainverify verify {report.spec}" + (f" --case {case}" if case else "") + f" --seed {report.seed}"
 
 
-def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable, captured) -> None:
+def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
     from trainverify.diagnose.origin import Watch
     from trainverify.diagnose.explain import explain
     from trainverify.engine.analysis import analyse, replay_both

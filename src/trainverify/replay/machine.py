@@ -13,6 +13,7 @@ import torch
 from trainverify.algebra.base import Algebra, Complex, V
 from trainverify.diagnostics import Diagnostic, Fault, Span
 from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, inputs, tensors
+from trainverify.ops.access import reads
 from trainverify.ops.foreach import foreach_call
 from trainverify.ops.table import OpTable
 from trainverify.replay.errors import ReplayError
@@ -191,6 +192,8 @@ class Machine:
             where(self.rank, call.index, call.span)
         if base in DECIDED:
             return self._leave(m, call, args, results)
+        if call.rng:
+            return self._random(m, call, results)
         found = self.table.lookup(call.name)
         if found is None:
             self._no_row(m, call, base)
@@ -205,6 +208,15 @@ class Machine:
             self._poison(m, call)
             return
         self._assign(m, call, got, results)
+
+    def _drawn(self, m: Algebra, call: OpCall, results) -> bool:
+        """Random numbers are data as recorded, unless what they were drawn by depends on symbols."""
+        if not all(m.is_const(self.value(m, t)) for t in reads(call) if is_float(t.dtype)):
+            return False
+        for ref, native in zip(call.targets(), results):
+            if is_float(ref.dtype):
+                self.memory[m.name].store(ref, m.data(native))
+        return True
 
     def _leave(self, m: Algebra, call: OpCall, args, results) -> None:
         """A value leaves the tensor world: a float becomes a tracked scalar, a mask or comparison becomes a decision."""
@@ -242,6 +254,12 @@ class Machine:
         """A symbolic value that lands in an integer tensor has been decided by its recorded outcome."""
         if v is not None and ref.dtype != "bool" and not isinstance(v, (torch.Tensor, Complex)) and not m.is_const(v):
             self.decide(call, "cast", m, (v,), native)
+
+    def _random(self, m: Algebra, call: OpCall, results) -> None:
+        """Random numbers are data: the ones that were drawn."""
+        for ref, drawn in zip(call.targets(), results):
+            if is_float(ref.dtype):
+                self.memory[m.name].store(ref, m.data(drawn))
 
     def _no_row(self, m: Algebra, call: OpCall, base: str) -> None:
         if base not in self.unknown_ops:

@@ -238,6 +238,11 @@ PSEUDO = {"tv.wait": World._wait, "tv.symbol": World._symbol, "tv.param": World.
 def replay(program: Program, algebras: list[Algebra], table: OpTable, hooks: Hooks | None = None, progress=None) -> World:
     """Replay all ranks; the machines hold outputs, parameters, decisions and diagnostics afterwards."""
     world = World(program, algebras, table, hooks or Hooks())
-    with torch.no_grad():
-        world.run(progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                  # thousands of small calls: more threads only get in each other's way
+    try:
+        with torch.no_grad():
+            world.run(progress)
+    finally:
+        torch.set_num_threads(threads)
     return world
