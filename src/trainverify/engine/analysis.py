@@ -42,6 +42,7 @@ class Analysis:
     diagnostics: list[Diagnostic]
     facts: dict[str, Facts]
     steps: int
+    accepted: tuple[str, ...] = ()            # places of decisions that the user takes as matched
     phases: list[Phase] = field(default_factory=list)
 
 
@@ -89,10 +90,11 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
         second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress)
         lap("second seed")
     diagnostics = [*check.diagnostics, *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
-    diagnostics += match_decisions(first.reference, first.parallel, first.field, first.real, accept)
+    unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)
+    diagnostics += unmatched
     judgements = judge(first, second, diagnostics)
     lap("compare")
-    return Analysis(table, symbols, first, second, judgements, diagnostics, facts, reference.traces[0].steps, phases)
+    return Analysis(table, symbols, first, second, judgements, diagnostics, facts, reference.traces[0].steps, accepted, phases)
 
 
 def _once(diagnostics) -> list[Diagnostic]:

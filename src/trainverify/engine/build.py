@@ -79,8 +79,10 @@ def assumptions(analysis: Analysis, parallel: Program) -> list[Assumption]:
         out.append(Assumption("A3", f"rounding of constants: {len(merged)} values were taken for the reference's within 4 ulp of float32", places))
     if analysis.first.parallel.machines and any(d.kind in ("topk", "sort", "cast", "mask") for m in analysis.first.parallel.machines for d in m.decisions):
         out.append(Assumption("A4", "routing and other data-dependent choices as recorded"))
+    if analysis.accepted:
+        out.append(Assumption("A5", "decisions accepted by the user choose as the reference does", analysis.accepted))
     notes = sorted({n.text for t in parallel.traces for n in t.notes if n.code.startswith("ASSUME")})
-    return out + [Assumption(f"A{5 + i}", text) for i, text in enumerate(notes)]
+    return out + [Assumption(f"A{6 + i}", text) for i, text in enumerate(notes)]
 
 
 def _places(merged, analysis: Analysis, parallel: Program) -> tuple[str, ...]:

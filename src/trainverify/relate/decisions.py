@@ -9,23 +9,25 @@ from trainverify.replay.machine import Decision
 from trainverify.replay.run import World
 
 
-def match_decisions(reference: World, parallel: World, field, real, accept: tuple[str, ...]) -> list[Diagnostic]:
+def match_decisions(reference: World, parallel: World, field, real, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:
     """A diagnostic for each parallel decision some of whose operands are no reference decision's (by fingerprint: a guess, so
-    that equality here never proves anything, and a mismatch only withholds a verdict)."""
+    that equality here never proves anything, and a mismatch only withholds a verdict); and the places of those that were accepted."""
     known: dict[str, set[int]] = {}
     for machine in reference.machines:
         for d in machine.decisions:
             known.setdefault(d.kind, set()).update(_prints(field, d))
     out: dict[tuple, Diagnostic] = {}
+    accepted: dict[str, None] = {}
     for machine in parallel.machines:
         for d in machine.decisions:
             span = machine.span(d.call)
             place = f"{span.file}:{span.line}" if span else ""
-            if any(place.endswith(a) for a in accept if place):
-                continue
             prints = _prints(field, d)
             strange = prints - known.get(d.kind, set())
             if not strange:
+                continue
+            if any(place == a or place.endswith(f"/{a}") for a in accept if place):
+                accepted[place] = None
                 continue
             key = (d.kind, place)
             old = out.get(key)
@@ -35,7 +37,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
                 f"({len(strange)} of {len(prints)} operands)", "error", span, ranks,
                 (f"{d.call.name}; the reference decides by {len(known.get(d.kind, ()))} values of this kind",),
                 f"make both sides decide by the same values, or accept it: --accept {place}")
-    return list(out.values())
+    return list(out.values()), tuple(accepted)
 
 
 def _words(kind: str) -> str:
