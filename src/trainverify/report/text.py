@@ -3,6 +3,7 @@ finished text for a terminal and carries no meaning of its own. Shows what the r
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -15,6 +16,7 @@ WIDTH = 80
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
 _TITLES = {"gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
 _SEVERITY = {"error": "error", "internal": "internal error", "warning": "warning", "note": "note"}
+_LEADING = re.compile(r"^\d+\b")
 _STATUS = {"REFUTED": "differ", "UNKNOWN": "unknown", "ERROR": "error", "PROVED": "proved"}
 
 
@@ -230,13 +232,20 @@ def _title(kind: str, outs: Sequence[OutputResult]) -> str:
 
 
 def _not_proved(report: Report, outs: Sequence[OutputResult], pad: int, width: int) -> list[str]:
-    """Outputs that are neither proved nor equal in the field: verdict, reason, and all names with their steps."""
+    """Outputs that are neither proved nor equal in the field: verdict, reason, and all names with their steps.
+
+    Reasons that differ only in a leading number ("40 elements differ") stand together, with the range of it.
+    """
     groups: dict[tuple[str, str], list[OutputResult]] = {}
     for o in outs:
         if o.verdict != "PROVED" and not _equal_only(report, o):
-            groups.setdefault((o.verdict, _why(report, o)), []).append(o)
+            groups.setdefault((o.verdict, _LEADING.sub("", _why(report, o))), []).append(o)
     lines = []
-    for (verdict, why), members in groups.items():
+    for (verdict, _), members in groups.items():
+        why = _why(report, members[0])
+        numbers = sorted({int(found[0]) for o in members if (found := _LEADING.match(_why(report, o)))})
+        if len(numbers) > 1:
+            why = _LEADING.sub(f"{numbers[0]} to {numbers[-1]}", why)
         lines += wrap(f"    {_STATUS[verdict]:<{pad - 2}}  {len(members):>6}   ", why, width)
         if outs[0].kind != "scalar" or len({o.name for o in outs}) > 1:
             lines += wrap("      ", _names_by_step(members, outs), width, indent=8)

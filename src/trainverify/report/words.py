@@ -28,9 +28,21 @@ def ranks_text(ranks: Sequence[int]) -> str:
 def fold_names(names: Iterable[str]) -> list[str]:
     """Dotted names that differ only in numbered components become one: layers.0.norm, layers.1.norm -> layers.0-1.norm.
 
-    Only whole components fold (norm1 and norm2 stay two names), and only complete products do, so no name is invented.
+    Only whole components fold (norm1 and norm2 stay two names), and only complete products do, so no name is invented. Optimizer
+    states (a parameter's name, "::", a key) fold over their keys as well: w::exp_avg, w::step -> w::{exp_avg,step}.
     """
-    rows = list(dict.fromkeys(tuple(n.split(".")) for n in names))
+    keys: dict[tuple[str, str], list[str]] = {}
+    for n in dict.fromkeys(names):
+        parameter, separator, key = n.partition("::")
+        keys.setdefault((parameter, separator), []).append(key)
+    by_keys: dict[str, list[str]] = {}
+    for (parameter, separator), its in keys.items():
+        by_keys.setdefault(separator + (its[0] if len(its) == 1 else "{" + ",".join(its) + "}"), []).append(parameter)
+    return [name + suffix for suffix, parameters in by_keys.items() for name in _fold(parameters)]
+
+
+def _fold(names: list[str]) -> list[str]:
+    rows = [tuple(n.split(".")) for n in names]
     for slot in range(max((len(r) for r in rows), default=0)):
         groups: dict[tuple, list[tuple[str, ...]]] = {}
         for row in rows:

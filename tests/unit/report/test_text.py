@@ -52,6 +52,12 @@ def test_every_output_that_is_not_equal_is_named_with_its_reason():
         assert said in rendered
 
 
+def test_reasons_that_differ_in_a_number_stand_together():
+    outs = [OutputResult("gradient", f"layers.{i}.w", 1, (0,), "UNKNOWN", f"{n} elements differ") for i, n in enumerate((40, 500, 40))]
+    rendered = text.render(Report(outputs=[*outs, OutputResult("gradient", "b", 1, (0,), "PROVED")]))
+    assert "40 to 500 elements differ\n      step 1: layers.0-2.w\n" in rendered and rendered.count("elements differ") == 1
+
+
 def test_proved_is_said_only_by_the_verdict():
     """A report whose outputs are all proved but whose verdict is not does not read as a pass."""
     report = reports.proved()

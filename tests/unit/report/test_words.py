@@ -12,14 +12,15 @@ def unfold(name: str) -> set[str]:
         if not all(r.replace("-", "").isdecimal() for r in ranges):
             return [part]
         return [str(n) for r in ranges for n in range(int(r.split("-")[0]), int(r.split("-")[-1]) + 1)]
-    return {".".join(p) for p in product(*map(numbers, name.split(".")))}
+    parameter, separator, keys = name.partition("::")
+    return {".".join(p) + separator + key for p in product(*map(numbers, parameter.split("."))) for key in keys.strip("{}").split(",")}
 
 
 component = st.one_of(st.integers(0, 12).map(str), st.sampled_from(["layers", "norm1", "w"]))
 
 
 @settings(derandomize=True, database=None, max_examples=300)
-@given(st.lists(st.lists(component, min_size=1, max_size=4).map(".".join), max_size=20))
+@given(st.lists(st.tuples(st.lists(component, min_size=1, max_size=4).map(".".join), st.sampled_from(["", "::exp_avg", "::step"])).map("".join), max_size=20))
 def test_folding_names_loses_none_and_invents_none(names):
     unfolded = [unfold(n) for n in fold_names(names)]
     assert set().union(*unfolded) == set(names)
@@ -29,6 +30,7 @@ def test_folding_names_loses_none_and_invents_none(names):
 def test_folding_names():
     names = [f"layers.{i}.{n}.weight" for i in range(3) for n in ("norm1", "norm2")] + ["norm.weight"]
     assert fold_names(names) == ["layers.0-2.norm1.weight", "layers.0-2.norm2.weight", "norm.weight"]
+    assert fold_names([f"a.{i}::{k}" for i in (0, 1) for k in ("exp_avg", "exp_avg_sq")] + ["b::step"]) == ["a.0-1::{exp_avg,exp_avg_sq}", "b::step"]
     assert fold_names(["a.0", "a.2", "a.3"]) == ["a.{0,2-3}"]
     assert fold_names(["a.0.b.0", "a.0.b.1", "a.1.b.0"]) == ["a.0-1.b.0", "a.0.b.1"]
 
