@@ -48,11 +48,21 @@ class Functions:
         c, m, q = self.ring.content(p)
         if not q:
             raise Undefined
-        factors = [self.ring.monomial(tuple((a, -e) for a, e in m if self.ring.kinds[a] != "inv"), whole(1 / Fraction(c)))]
-        factors += [self.ring.pow(self.ring.args[a][0], e) for a, e in m if self.ring.kinds[a] == "inv"]
+        closed = {a: inverse for a, _ in m if (inverse := self._inverse_atom(a)) is not None}
+        factors = [self.ring.monomial(tuple((a, -e) for a, e in m if a not in closed), whole(1 / Fraction(c)))]
+        factors += [self.ring.pow(closed[a], e) for a, e in m if a in closed]
         if q != ONE:
             factors.append(self.ring.power(self._atom("inv", None, (q,), self.signs.of(q) & NONZERO)))
         return self.ring.product(factors)
+
+    def _inverse_atom(self, atom: int) -> Poly | None:
+        """1/atom where that has a form without negative powers."""
+        if self.ring.kinds[atom] == "inv":
+            return self.ring.args[atom][0]
+        below = self.ring.args[atom][0] if self.ring.kinds[atom] == "root" else {}
+        if len(below) == 1 and all(self._inverse_atom(a) is not None for m in below for a, _ in m):
+            return self.ring.mul(self.ring.power(atom, self.ring.params[atom] - 1), self.inverse(below))
+        return None
 
     def power(self, p: Poly, e: Fraction) -> Poly:
         """p^e: an integer power, or one of the non-negative root."""
@@ -61,16 +71,18 @@ class Functions:
         return self.ring.pow(p if e >= 0 else self.inverse(p), abs(e.numerator))
 
     def root(self, order: int, p: Poly) -> Poly:
-        """The non-negative root of p >= 0. Factors that are known to be positive come out; the square root of x^2 stays."""
+        """The non-negative root of p >= 0: taken factor by factor if none can be negative, else positive factors come out. sqrt(x^2) stays."""
         c, m, q = self.ring.content(p) if p else (0, (), p)
         if not q:
             return {}
+        signs = {a: self.signs.of_atom(a) for a, _ in m}
+        apart = c > 0 and not any(s & NEGATIVE for s in signs.values()) and (q == ONE or not self.signs.known(q) & NEGATIVE)
         kept, out = constant(-1 if c < 0 else 1), [self._root_of_number(order, abs(Fraction(c)))]
         for a, e in m:
             kind = self.ring.kinds[a]
             if kind == "exp" and e % order == 0:
                 out.append(self.ring.power(a, e // order))
-            elif kind == "exp" or self.signs.of_atom(a) != POSITIVE:
+            elif kind == "exp" or not apart and signs[a] != POSITIVE:
                 kept = self.ring.mul(kept, self.ring.power(a, e))
             elif kind == "inv":
                 out.append(self.ring.pow(self.inverse(self.root(order, self.ring.args[a][0])), e))
@@ -105,7 +117,7 @@ class Functions:
                 out.append(self.power(self.ring.args[m[0][0]][0], Fraction(c)))
             else:
                 unit = lcm(UNIT, Fraction(c).denominator)
-                out.append(self.ring.power(self._atom("exp", (m, unit), ()), int(c * unit)))
+                out.append(self.ring.power(self._atom("exp", unit, ({m: 1},)), int(c * unit)))
         return self.ring.product(out)
 
     def log(self, p: Poly) -> Poly:
@@ -118,8 +130,7 @@ class Functions:
         for a, e in m:
             kind = self.ring.kinds[a]
             if kind == "exp":
-                exponent, unit = self.ring.params[a]
-                accumulate(out, {exponent: Fraction(e, unit)})
+                accumulate(out, self.ring.args[a][0], Fraction(e, self.ring.params[a]))
             elif kind == "root":      # not zero, hence positive, and so is its argument
                 accumulate(out, self.log(self.ring.args[a][0]), Fraction(e, self.ring.params[a]))
             elif self.signs.of_atom(a) != POSITIVE:
@@ -129,9 +140,16 @@ class Functions:
             else:
                 accumulate(out, self._log_atom(self.ring.power(a)), e)
         kept = self.ring.mul(kept, q)
-        if kept != ONE:
+        if q == ONE and kept != ONE and self._upside_down(kept):
+            accumulate(out, self._log_atom(self.inverse(kept)), -1)
+        elif kept != ONE:
             accumulate(out, self._log_atom(kept))
         return out
+
+    def _upside_down(self, p: Poly) -> bool:
+        """Of a quotient and its inverse, which have opposite logarithms, one is chosen."""
+        (m, _), = p.items()
+        return bool(m) and m[0][1] < 0 and all(self.ring.kinds[a] != "inv" for a, _ in m)
 
     def _log_atom(self, p: Poly) -> Poly:
         return self._apply("log", None, p)

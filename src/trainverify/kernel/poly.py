@@ -138,7 +138,7 @@ class Ring:
         self._limit: dict[int, int] = {}                 # atoms with a rewriting rule: from this exponent on
         self._index: dict[tuple, int] = {}
         self._buckets: dict[tuple, list[int]] = {}
-        self._values: list[int | None] = []
+        self._values: list[tuple[int, int, int]] = []
 
     # ---- atoms
     def intern(self, kind: str, param: Hashable = None, args: tuple[Poly, ...] = ()) -> int:
@@ -177,30 +177,31 @@ class Ring:
         self._rewrite(out, m, c)
         return out
 
-    # ---- a random point of a prime field: unequal values mean unequal polynomials, so only equal ones are compared
-    def fingerprint(self, p: Poly) -> int | None:
+    # ---- a linear map to a prime field: equal polynomials have equal values (but for relations between atoms), and only those are compared
+    def fingerprint(self, p: Poly) -> int:
         total = 0
         for m, c in p.items():
             term = c % PRIME if isinstance(c, int) else c.numerator * pow(c.denominator, -1, PRIME)
             for a, e in m:
-                v = self._values[a]
-                if not v:
-                    return None
-                term = term * pow(v, e, PRIME) % PRIME
+                value, radicand, order = self._values[a]
+                if order:
+                    e, turns = e % order, e // order
+                    term = term * pow(radicand, turns, PRIME) % PRIME
+                term = term * pow(value, e, PRIME) % PRIME
             total += term
         return total % PRIME
 
-    def _value(self, atom: int) -> int | None:
+    def _value(self, atom: int) -> tuple[int, int, int]:
+        """A value, and for a root its radicand's value and its order."""
         kind = self.kinds[atom]
-        if kind not in ("inv", "root"):
-            return mix(atom) % (PRIME - 1) + 1
-        v = self.fingerprint(self.args[atom][0])
-        if not v:
-            return None
+        free = mix(atom) % (PRIME - 1) + 1
+        below = self.fingerprint(self.args[atom][0]) if kind in ("inv", "root") else 0
+        if not below:
+            return free, 1, 0
         if kind == "inv":
-            return pow(v, -1, PRIME)
-        r = pow(v, (PRIME + 1) // 4, PRIME)
-        return r if self.params[atom] == 2 and r * r % PRIME == v else None
+            return pow(below, -1, PRIME), 1, 0
+        root = pow(below, (PRIME + 1) // 4, PRIME)
+        return (root, 1, 0) if self.params[atom] == 2 and root * root % PRIME == below else (free, below, self.params[atom])
 
     # ---- arithmetic
     def mul(self, p: Poly, q: Poly) -> Poly:

@@ -13,7 +13,7 @@ from typing import Literal
 from trainverify.kernel.normal import Builder, Undefined
 from trainverify.kernel.poly import OutOfSteps, Steps
 from trainverify.kernel.refute import Point, precisely_refuting_point, refuting_point
-from trainverify.kernel.terms import Obligation, checked, merged, reachable
+from trainverify.kernel.terms import Obligation, merged, reachable
 
 BUDGET = 300_000
 _TOKEN = object()
@@ -65,7 +65,7 @@ Verdict = Proved | Refuted | Unknown
 
 def prove(obligation: Obligation, budget: int = BUDGET) -> Verdict:
     """Decide an obligation; the budget counts products of monomials. Raises ValueError if it is malformed."""
-    small, origins = merged(checked(obligation))
+    small, origins = merged(obligation)
     if small.lhs == small.rhs:
         return Proved(obligation, "same", 0, _TOKEN)
     agreed = refuting_point(small)
@@ -74,13 +74,11 @@ def prove(obligation: Obligation, budget: int = BUDGET) -> Verdict:
     steps = Steps(budget)
     how, missing = normal_forms_agree(small, steps)
     used = budget - max(steps.left, 0)
-    if how in ("flat", "cleared"):
-        if missing:
-            return Unknown("definedness", used, tuple(origins[i] for i in missing))
+    if how in ("flat", "cleared") and not missing:
         return Proved(obligation, how, used, _TOKEN) if agreed else Unknown("no point", used)
     if point := precisely_refuting_point(small):
         return Refuted(point.values, point.lhs, point.rhs, used)
-    return Unknown(how, used)
+    return Unknown("definedness" if how in ("flat", "cleared") else how, used, tuple(origins[i] for i in missing))
 
 
 def normal_forms_agree(obligation: Obligation, steps: Steps) -> tuple[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from trainverify.kernel.terms import ANY, NEGATIVE, POSITIVE, ZERO, Node, Obliga
 
 ERRORS = (ArithmeticError, ValueError)        # overflow, division by zero, domain errors of math and decimal
 # (least, greatest magnitude in 1/32, share of negative values)
-REGIONS = ((16, 64, 0.0), (4, 64, 0.5), (4, 64, 0.5), (1, 8, 0.0), (1, 8, 0.5), (32, 200, 0.2), (16, 64, 0.3), (1, 64, 0.7))
+REGIONS = ((16, 64, 0.0), (4, 64, 1.0), (4, 64, 0.5), (4, 64, 0.5), (1, 8, 0.0), (1, 8, 0.5), (32, 200, 0.2), (16, 64, 0.3), (1, 64, 0.7))
 NEAR = Decimal("1e-20")
 
 
@@ -238,7 +238,7 @@ class Filter:
         return abs(a2 - b2) <= NEAR * (1 + abs(a2) + abs(b2))
 
 
-def refuting_point(obligation: Obligation, agreements: int = 2, tries: int = 24) -> Point | int:
+def refuting_point(obligation: Obligation, agreements: int = 3, tries: int = 24) -> Point | int:
     """A point that refutes, else the number of points (at most `agreements`) at which both sides are defined and agree."""
     filter_ = Filter(obligation)
     agreed = 0

@@ -73,21 +73,24 @@ class Terms:
 
     def add(self, kind: str, attr: Attr = None, args: Iterable[int] = ()) -> int:
         node = Node(kind, attr, tuple(args))
-        i = self._index.get(node)
-        if i is None:
-            check_node(node, len(self.nodes))
-            i = self._index[node] = len(self.nodes)
+        check_node(node, len(self.nodes))
+        return self.intern(node)
+
+    def intern(self, node: Node) -> int:
+        """As `add`, for a node that is known to be well formed."""
+        i = self._index.setdefault(node, len(self.nodes))
+        if i == len(self.nodes):
             self.nodes.append(node)
         return i
 
     def obligation(self, lhs: int, rhs: int, given: Iterable[tuple[int, int]] = ()) -> Obligation:
-        return checked(Obligation(tuple(self.nodes), lhs, rhs, tuple(given)))
+        return Obligation(tuple(self.nodes), lhs, rhs, tuple(given))
 
 
 def check_node(node: Node, position: int) -> None:
     """Raise ValueError unless the node is well formed at this position of its list."""
     kind, attr, args = node
-    if not all(type(a) is int and 0 <= a < position for a in args):
+    if args and not (set(map(type, args)) == {int} and min(args) >= 0 and max(args) < position):
         raise ValueError(f"node {position} ({kind}) has an argument that does not stand before it: {args}")
     if kind in ARITY:
         arity = len(args) == ARITY[kind]
@@ -103,15 +106,6 @@ def check_node(node: Node, position: int) -> None:
         attribute = type(attr) is str if kind == "uf" else attr is None
     if not (arity and attribute):
         raise ValueError(f"node {position} is malformed: {kind} with attribute {attr!r} and {len(args)} arguments")
-
-
-def checked(obligation: Obligation) -> Obligation:
-    """The obligation, or ValueError if it is malformed."""
-    for i, node in enumerate(obligation.nodes):
-        check_node(node, i)
-    if not all(0 <= i < len(obligation.nodes) for i in obligation.roots) or not all(0 < s <= ANY for _, s in obligation.given):
-        raise ValueError(f"the obligation's roots are malformed: {obligation.roots}, given {obligation.given}")
-    return obligation
 
 
 def reachable(nodes: tuple[Node, ...], roots: Iterable[int]) -> list[int]:
@@ -132,16 +126,23 @@ def pairs(args: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def merged(obligation: Obligation) -> tuple[Obligation, list[int]]:
-    """The same obligation with nodes that are equal up to the order of sums, products, dots and maxima made one; a node that each new one stands for."""
+    """The same obligation with nodes that are equal up to the order of sums, products, dots and maxima made one; a node that each new one stands for.
+
+    ValueError if the obligation is malformed; nodes that the claim does not mention are dropped unseen.
+    """
+    roots = obligation.roots
+    if not all(type(i) is int and 0 <= i < len(obligation.nodes) for i in roots) or not all(0 < s <= ANY for _, s in obligation.given):
+        raise ValueError(f"the obligation's roots are malformed: {roots}, given {obligation.given}")
     terms, new, origins = Terms(), {}, []
-    for i in reachable(obligation.nodes, obligation.roots):
-        kind, attr, args = obligation.nodes[i]
-        args = tuple(new[a] for a in args)
+    for i in reachable(obligation.nodes, roots):
+        kind, attr, args = node = obligation.nodes[i]
+        check_node(node, i)
+        args = tuple([new[a] for a in args])
         if kind == "dot":
             args = tuple(a for pair in sorted(tuple(sorted(p)) for p in pairs(args)) for a in pair)
         elif kind in COMMUTATIVE:
             args = tuple(sorted(args))
-        new[i] = terms.add(kind, attr, args)
+        new[i] = terms.intern(Node(kind, attr, args))
         if new[i] == len(origins):
             origins.append(i)
     given = dict.fromkeys((new[i], s) for i, s in obligation.given)
