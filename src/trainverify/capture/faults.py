@@ -249,6 +249,7 @@ def _raise(members: list[Member]) -> Diagnostic:
         return Diagnostic("RUN015", f"{who}: {text}", "internal", span, ranks, tuple(raised.traceback.splitlines()[-12:]),
                           "This is a bug in TrainVerify; please report it with this traceback.")
     notes = [f"{file}:{line} in {function}: {source}" for file, line, function, source in reversed(raised.frames)]
+    notes += [f"rank {m.rank}: {m.raised.text}" for m in members[1:] if m.raised.text != raised.text]
     return Diagnostic("RUN009", f"{who} raised {text}", span=span, ranks=ranks, notes=tuple(notes))
 
 

@@ -11,17 +11,20 @@ from pathlib import Path
 Frame = tuple[str, int, str, str]             # file, line, function, source text
 
 _DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+# Installed code that stands between the program and torch: what it does is done for the caller.
+_PLUMBING = frozenset({"typing_extensions.py", "decorator.py", "wrapt", "numpy", "sympy", "jaxtyping", "beartype", "typeguard"})
 _OURS = str(Path(__file__).resolve().parents[1]) + "/"
 
 
 @functools.cache
 def is_user_file(file: str) -> bool:
-    """Whether a source file belongs to the program under verification (its libraries, other than torch, included)."""
+    """Whether a source file belongs to the program under verification; its libraries do, but for torch and mere plumbing."""
     if file.startswith("<") or file.startswith(_OURS) or file.startswith(_torch_directory()):
         return False
     paths = sysconfig.get_paths()
-    if file.startswith((paths["purelib"], paths["platlib"])):
-        return True
+    for library in (paths["purelib"], paths["platlib"]):
+        if file.startswith(library):
+            return file[len(library) + 1:].split("/")[0] not in _PLUMBING
     return not file.startswith((paths["stdlib"], paths["platstdlib"]))
 
 

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,14 +140,16 @@ class WorldResult:
 def preload() -> None:
     """Import what nearly every program needs, in the parent, so that the ranks share it."""
     import torch
-    import torch._dynamo
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp
-    import torch.distributed.pipelining
-    import torch.distributed.tensor.experimental
-    import torch.distributed.tensor.parallel
-    import torch.nn.parallel
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+    with warnings.catch_warnings(action="ignore"):     # torch's own, about itself
+        import torch._dynamo
+        import torch.distributed.checkpoint
+        import torch.distributed.fsdp
+        import torch.distributed.optim         # compiles TorchScript when imported: before anything is patched
+        import torch.distributed.pipelining
+        import torch.distributed.tensor.experimental
+        import torch.distributed.tensor.parallel
+        import torch.nn.parallel
+        import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
 
 def run_world(n: int, child: Callable[[Rank], bytes | None], *, timeout: float,
