@@ -181,7 +181,7 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
 def _capture(args: argparse.Namespace, argv: list[str]) -> int:
     report = _run(args, "capture_spec", args.path, args.output, _options(args))
     report.mode = "capture"
-    return _deliver(report, args, argv, "text", None)
+    return _deliver(report, args, argv, "text", None, str(args.output) if report.verdict != "ERROR" else "")
 
 
 def _run(args: argparse.Namespace, entry: str, *arguments: Any) -> Any:
@@ -200,14 +200,14 @@ def _run(args: argparse.Namespace, entry: str, *arguments: Any) -> Any:
         progress.close()
 
 
-def _deliver(report: Any, args: argparse.Namespace, argv: list[str], form: str, output: Path | None) -> int:
+def _deliver(report: Any, args: argparse.Namespace, argv: list[str], form: str, output: Path | None, traces: str = "") -> int:
     """Keep the report, write it where it was asked for, and say its exit code."""
     from trainverify.report import json_, text
     from trainverify.report.versions import versions
     report.rerun = _rerun(argv)
     report.versions = report.versions or versions()
     data = json_.encode(report)
-    rendered = text.render(report, saved=_keep("last.json", data))
+    rendered = text.render(report, saved=_keep("last.json", data), traces=traces)
     if output:
         try:
             output.write_bytes(data if form == "json" else rendered.encode())

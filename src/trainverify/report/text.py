@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from typing import TextIO
 
 from trainverify.diagnostics import Diagnostic, Span
 from trainverify.report.model import Finding, OutputResult, Report
 from trainverify.report.source import excerpt
-from trainverify.report.words import count_of, fold_names, join_wrapped, memory_text, number, ranks_text, short_path, wrap
+from trainverify.report.words import count_of, fold_names, join_wrapped, memory_text, number, ranks_text, short_path, short_paths, wrap
 
 WIDTH = 80
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
@@ -20,8 +21,8 @@ _LEADING = re.compile(r"^\d+\b")
 _STATUS = {"REFUTED": "differ", "UNKNOWN": "unknown", "ERROR": "error", "PROVED": "proved"}
 
 
-def render(report: Report, *, width: int = WIDTH, saved: str = "") -> str:
-    """The whole report as text; `saved` is where the JSON report was written."""
+def render(report: Report, *, width: int = WIDTH, saved: str = "", traces: str = "") -> str:
+    """The whole report as text; `saved` is where the JSON report was written, `traces` where a capture left its traces."""
     sections = [
         _header(report, width),
         _headline(report, width),
@@ -31,7 +32,7 @@ def render(report: Report, *, width: int = WIDTH, saved: str = "") -> str:
         _table(report, width),
         *[diagnostic_lines(d, width) for d in _by_severity(report.diagnostics, ("warning", "note"))],
         _facts(report, width),
-        _summary(report, width, saved),
+        _summary(report, width, saved, traces),
     ]
     text = "\n\n".join("\n".join(s) for s in sections if s) + "\n"
     return text.encode("ascii", "backslashreplace").decode("ascii")
@@ -77,7 +78,8 @@ def _says(report: Report) -> str:
     if report.mode == "dry-run":
         return "bindings and data coverage only; nothing was compared (so the exit code is not 0)"
     if report.mode == "capture":
-        return f"{report.ops:,} operations on {count_of(report.ranks, 'rank')}; nothing was compared"
+        how_many = f"{report.ops:,} operations" if report.ops else "both programs"
+        return f"{how_many} on {count_of(report.ranks, 'rank')}; nothing was compared"
     if report.verdict == "PROVED":
         return f"all {total} outputs equal the reference"
     if report.verdict == "REFUTED":
@@ -118,13 +120,13 @@ def _by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -
 
 def diagnostic_lines(d: Diagnostic, width: int = WIDTH, op: str = "", extra: Sequence[tuple[str, str]] = ()) -> list[str]:
     """One diagnostic: what is wrong, where, the source line, then what is known about it. `extra` holds further (label, text)."""
-    lines = wrap(f"{_SEVERITY.get(d.severity, d.severity)}[{d.code}]: ", d.message, width, indent=2)
+    lines = wrap(f"{_SEVERITY.get(d.severity, d.severity)}[{d.code}]: ", short_paths(d.message), width, indent=2)
     if d.span:
         lines += _place(d.span, d.ranks, op, width)
     elif d.ranks:
         lines.append(f"  --> {ranks_text(d.ranks)}")
     for label, text in [*extra, *[("", n) for n in d.notes], *([("help:", d.fix)] if d.fix else [])]:
-        lines += wrap(f"   = {label:<12} " if label else "   = ", text, width)
+        lines += wrap(f"   = {label:<12} " if label else "   = ", short_paths(text), width)
     return lines
 
 
@@ -300,12 +302,13 @@ def _listed(label: str, items: Sequence[str], width: int) -> list[str]:
     return [line for i, text in enumerate(items) for line in wrap(f"{label if i == 0 else '':<11} ", text, width)]
 
 
-def _summary(report: Report, width: int, saved: str) -> list[str]:
+def _summary(report: Report, width: int, saved: str, traces: str) -> list[str]:
     counts = [f"{report.count(v)} {v.lower()}" for v in ("PROVED", "REFUTED", "UNKNOWN")]
     counts += [f"{report.count('ERROR')} error"] if report.count("ERROR") else []
     cost = f"{report.seconds:.1f} s" + (f", {memory_text(report.peak_memory)}" if report.peak_memory else "")
     parts = [*([", ".join(counts)] if report.mode == "verify" else []), cost, *([f"report: {short_path(saved)}"] if saved else [])]
-    return join_wrapped(parts, " | ", width) + ([f"rerun: {report.rerun}"] if report.rerun else [])
+    kept = [f"traces: {short_path(traces)} (to verify them: trainverify verify {shlex.quote(short_path(traces))})"] if traces else []
+    return join_wrapped(parts, " | ", width) + kept + ([f"rerun: {report.rerun}"] if report.rerun else [])
 
 
 # ---- to a stream

@@ -88,6 +88,12 @@ def short_path(path: str) -> str:
     return path if rel.startswith("..") else rel
 
 
+def short_paths(text: str) -> str:
+    """A text with the paths in it relative to the current folder where they lie in it."""
+    here = os.path.join(os.getcwd(), "")
+    return text.replace(here, "") if here != os.sep else text
+
+
 def wrap(first: str, text: str, width: int, indent: int | None = None) -> list[str]:
     """`first` then `text`, later lines indented under it; words, paths and commands are never broken."""
     hang = " " * (len(first) if indent is None else indent)

@@ -60,7 +60,8 @@ def test_capture(engine, capsys):
     engine.answer = Report(verdict="UNKNOWN", ranks=6, ops=12)
     assert cli.main(["capture", "spec.py", "-o", "out", "--ranks", "6"]) == 0
     assert engine.calls == [("capture_spec", Path("spec.py"), Path("out"), Options(ranks=6))]
-    assert "CAPTURED: 12 operations on 6 ranks" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "CAPTURED: 12 operations on 6 ranks" in out and "\ntraces: out (to verify them: trainverify verify out)\n" in out
 
 
 @pytest.mark.parametrize(("report", "code"), [

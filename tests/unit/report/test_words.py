@@ -3,7 +3,7 @@ from itertools import product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainverify.report.words import fold_names, int_ranges, join_wrapped, number, ranks_text, short_path
+from trainverify.report.words import fold_names, int_ranges, join_wrapped, number, ranks_text, short_path, short_paths
 
 
 def unfold(name: str) -> set[str]:
@@ -52,3 +52,4 @@ def test_paths_outside_the_current_folder_stay_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert short_path(str(tmp_path / "a" / "b.py")) == "a/b.py"
     assert short_path("/nowhere/c.py") == "/nowhere/c.py"
+    assert short_paths(f"at {tmp_path}/a/b.py:3, not at {tmp_path}.bak/c.py") == f"at a/b.py:3, not at {tmp_path}.bak/c.py"
