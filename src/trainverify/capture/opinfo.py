@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainverify.ops.access import SHAPE_ONLY, unread
+from trainverify.ops.access import SHAPE_ONLY, makes_garbage, unread
 
 RECORD, VIEW, PASS, DECOMPOSE, COLLECTIVE, ITEM, RESIZE, ZERO, UNSUPPORTED = range(9)
 
@@ -37,6 +37,7 @@ class OpInfo:
     unread: tuple[int, ...] = ()
     unread_keys: frozenset[str] = frozenset()
     reads_nothing: bool = False
+    garbage: bool = False
     hidden_writes: tuple[int, ...] = ()
     hidden_if: int | None = None
     random: bool = False
@@ -58,7 +59,7 @@ def describe(func: Any) -> OpInfo:
     keys = frozenset(a.name for a in arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write)
     attention = any(part in base for part in _NO_RANDOMNESS)
     dropout = next(((i, a.name) for i, a in enumerate(arguments) if a.name == "dropout_p"), None)
-    return OpInfo(name, route, writes, unread(name) or (), keys, func._opname in SHAPE_ONLY, positions, flag,
+    return OpInfo(name, route, writes, unread(name) or (), keys, func._opname in SHAPE_ONLY, makes_garbage(name), positions, flag,
                   torch.Tag.nondeterministic_seeded in func.tags, dropout if attention else None)
 
 

@@ -23,7 +23,7 @@ from trainverify.capture.quiet import unseen
 from trainverify.capture.spans import Spans
 from trainverify.capture.userframes import is_user_file
 from trainverify.diagnostics import Diagnostic, Fault
-from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, Sequence, TensorRef, Trace
+from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, TensorRef, Trace, tensors
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _active_mode = torch._C._get_dispatch_mode
@@ -77,7 +77,16 @@ class Recorder(TorchDispatchMode):
         return Trace(self.side, self.rank, self.world_size, self.ops, self.encoder.storages(), self.spans.items, self.notes, **more)
 
     # ---- calls that torch dispatches
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False                           # a wrapper around every call; nothing is compiled while we record
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Function modes see the program's calls, not ours.
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, types, args, kwargs)
+
+    def _dispatch(self, func, types, args, kwargs):
         if types and any(t not in _PLAIN for t in types):
             if _active_mode(_FAKE) is None or not any(issubclass(t, FakeTensor) for t in types):
                 return NotImplemented
@@ -133,7 +142,8 @@ class Recorder(TorchDispatchMode):
         writes = tuple([encoder.tensor(t, True) for t in written])
         call = OpCall(len(self.ops), info.name, encoded, keywords, outs, writes, span, None, digest_in)
         targets = _targets(result, outs, written, writes)
-        call.digest_out = crc(targets)
+        if not info.garbage:
+            call.digest_out = crc(targets)
         if info.random and self._draws(info, args, kwargs):
             call.rng = True
             for k, t in enumerate(targets):
@@ -266,6 +276,6 @@ def _targets(result, outs: Arg, written: list[torch.Tensor], writes: tuple[Tenso
     found: list[torch.Tensor] = []
     _collect((result,), found)
     if written:
-        returned = (outs,) if isinstance(outs, TensorRef) else outs.items if isinstance(outs, Sequence) else ()
+        returned = tuple(tensors(outs))
         found += [t for t, ref in zip(written, writes) if ref not in returned]
     return found

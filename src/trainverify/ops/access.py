@@ -1,7 +1,7 @@
 """Which of its arguments a call reads, and which it only writes or takes the shape of (trusted; no torch).
 
-`OpCall.digest_in` covers exactly `reads(call)`, in that order; `digest_out` covers `call.targets()`. For a `tv.wait` digest_out
-covers the outputs of the collective that it completes.
+`OpCall.digest_in` covers exactly `reads(call)`, in that order; `digest_out` covers `call.targets()`, and for a `tv.wait` the outputs of
+the collective that it completes. `digest_out` is 0 where the results are garbage (`makes_garbage`) or still pending.
 """
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from trainverify.ir.trace import OpCall, TensorRef, tensors
 SHAPE_ONLY = frozenset({
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"})
+
+GARBAGE = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
 
 # Positions of arguments that are written without being read.
 OVERWRITTEN = {
@@ -24,6 +26,11 @@ def unread(name: str) -> tuple[int, ...] | None:
     if op in SHAPE_ONLY:
         return None
     return OVERWRITTEN.get(op, ())
+
+
+def makes_garbage(name: str) -> bool:
+    """Whether the op's results are uninitialised memory."""
+    return name.split(".")[1] in GARBAGE
 
 
 def reads(call: OpCall) -> tuple[TensorRef, ...]:
