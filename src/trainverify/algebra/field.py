@@ -214,6 +214,8 @@ class Field(Order):
         out = self._value(res, sp, sgn, (a.flags | b.flags) & TAINT)
         if a.flags & b.flags & ROOTED and a.shape == b.shape:
             out = self._remembered_squares(a, b, out)
+        elif (a.flags | b.flags) & ROOTED and (a.num is None) != (b.num is None):
+            out = self._scaled_root(a, b, out) if b.num is not None else self._scaled_root(b, a, out)
         return out
 
     @staticmethod
@@ -235,24 +237,38 @@ class Field(Order):
         sgn = value.sgn * self.constants.odd(factor.num)
         return sgn.expand(shape) if sgn.any() else None
 
+    def _square_of(self, root: FieldValue) -> tuple[torch.Tensor, FieldValue]:
+        """Where the square of a value is remembered, and the squares."""
+        found, packed = self._squares.get(pack_p(root.res).reshape(-1).numpy())
+        packed = torch.from_numpy(packed)
+        q, sgn = primes.unpack_q(packed[:, 1])
+        res = torch.cat([primes.unpack_p(packed[:, 0]), q]).reshape(root.res.shape)
+        square = FieldValue(root.shape, res, sgn=sgn.reshape(root.shape) if sgn.any() else None, flags=root.flags & TAINT)
+        return torch.from_numpy(found).reshape(root.shape), square
+
     def _remembered_squares(self, a, b, product: FieldValue) -> FieldValue:
         same = (a.res == b.res).all(0)
         if not same.any():
             return product
-        found, square = self._squares.get(pack_p(a.res).reshape(-1).numpy())
-        use = same & torch.from_numpy(found).reshape(same.shape)
-        square = torch.from_numpy(square)
-        q, sgn = primes.unpack_q(square[:, 1])
-        res = torch.cat([primes.unpack_p(square[:, 0]), q]).reshape(product.res.shape)
-        flags = product.flags | (P_BAD if sgn.any() else 0)
-        return self._value(torch.where(use, res, product.res), product.sp, sgn.reshape(same.shape) * use if sgn.any() else None, flags)
+        found, square = self._square_of(a)
+        use = same & found
+        sgn = None if square.sgn is None else square.sgn * use
+        return self._value(torch.where(use, square.res, product.res), product.sp, sgn, product.flags | square.flags)
 
-    def _remember_square(self, root: FieldValue, square: FieldValue) -> FieldValue:
+    def _scaled_root(self, root: FieldValue, factor: FieldValue, product: FieldValue) -> FieldValue:
+        """(c s)^2 is c^2 s^2 for a constant c and a root s (norms are divided by the root of a number of ranks)."""
+        root = self.expand(root, product.shape)
+        found, square = self._square_of(root)
+        return self._remember_square(product, self._mul(square, self.mul(factor, factor)), found)
+
+    def _remember_square(self, root: FieldValue, square: FieldValue, only: torch.Tensor | None = None) -> FieldValue:
         """root, marked: mul(root, root) is square."""
-        prints = pack_p(root.res).reshape(-1).numpy()
+        prints = pack_p(root.res).reshape(-1)
         res = self._lift(square).reshape(4, -1)
         packed = torch.stack([pack_p(res), pack_q(res[2:], None if square.sgn is None else square.sgn.reshape(-1))], 1)
-        self._squares.put(prints, packed.numpy())
+        if only is not None:
+            prints, packed = prints[only.reshape(-1)], packed[only.reshape(-1)]
+        self._squares.put(prints.numpy(), packed.numpy())
         root.flags |= ROOTED | square.flags & TAINT
         return root
 

@@ -168,6 +168,8 @@ EQUAL = {
     "norm of norms": (norm, lambda m, x: norm(m, m.stack([through_memory(m, norm(m, rows(m, x, 0, 3))), norm(m, rows(m, x, 3, 6))])), [(6, 4)]),
     "norm of norms of norms": (norm, lambda m, x: norm(m, m.stack([norm(m, m.stack([norm(m, rows(m, x, i, i + 1)), norm(m, rows(m, x, i + 1, i + 3))]))
                                                                    for i in (0, 3)])), [(6, 4)]),
+    "norm of replicated parts": (
+        norm, lambda m, x: m.pow(m.add(*[m.pow(through_memory(m, m.div(norm(m, x), m.const(math.sqrt(2)))), 2)] * 2), 0.5), [(6, 4)]),
     "squared norms all-reduced": (norm, lambda m, x: m.pow(m.add(m.pow(norm(m, rows(m, x, 0, 3)), 2.0), m.pow(norm(m, rows(m, x, 3, 6)), 2.0)), 0.5), [(6, 4)]),
     "clip by norm of norms": (
         lambda m, x: m.mul(x, m.minimum(m.div(m.const(0.5), m.add(norm(m, x), m.const(1e-6))), one(m))),
