@@ -105,31 +105,19 @@ def rerun_line(report: Report) -> str:
 
 
 def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
-    from trainverify.diagnose.origin import Watch
     from trainverify.diagnose.explain import explain
-    from trainverify.engine.analysis import analyse, replay_both
+    from trainverify.diagnose.origin import Watch
+    from trainverify.engine.analysis import analyse
     from trainverify.engine.build import fill
     from trainverify.engine.weak import weak_spec
-    from trainverify.replay.machine import Hooks
 
-    analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, progress=progress)
+    watch = Watch()
+    analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, progress=progress, watch=watch)
     groups = {g.ranks: g.axis for t in parallel.traces for g in t.groups if len(g.ranks) > 1}
     findings, explained = [], {}
     if any(j.wrong for j in analysis.judgements):
         clock = time.perf_counter()
-        watch = Watch()
-        third = replay_both(reference, parallel, analysis.table, analysis.symbols, 2 * options.seed + 1, progress, watch=watch)
-        findings, explained = explain(parallel, third.comparison, third.field, watch, _again(analysis.judgements, third), groups)
+        findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
     fill(report, analysis, parallel, groups, findings, explained)
     report.warnings = weak_spec(analysis, parallel, groups, options.steps)
-
-
-def _again(judgements, third):
-    """The judgements with the pieces of the watched pass (same values: same seed)."""
-    for j in judgements:
-        fresh = third.comparison.compared[j.key]
-        for w in j.wrong:
-            w.piece = next(p for p in fresh.pieces if p.rank == w.piece.rank and len(p.at) == len(w.piece.at) and (p.at == w.piece.at).all())
-        j.compared = fresh
-    return judgements

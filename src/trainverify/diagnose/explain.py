@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
+
+import torch
 
 from trainverify.diagnose.dataflow import Dataflow
 from trainverify.diagnose.origin import Origin, Search, Watch, rank_origins
@@ -15,10 +18,12 @@ ORDER = {"scalar": 0, "gradient": 1, "parameter": 2, "buffer": 3, "state": 4}
 MOST_FINDINGS, MOST_SEARCHED = 3, 48
 
 
-def explain(program: Program, comparison, field, watch: Watch, judgements: list[Judgement],
+def explain(program: Program, watched, watch: Watch, judgements: list[Judgement],
             groups: dict[tuple[int, ...], str]) -> tuple[list[Finding], dict]:
-    """Findings, best first, and the index of the finding that explains each wrong output's key."""
-    wrong = [j for j in judgements if j.wrong]
+    """Findings, best first, and the index of the finding that explains each wrong output's key. `watched`: the engine's Pass in which
+    `watch` saw the values."""
+    comparison, field = watched.comparison, watched.field
+    wrong = [_in_pass(j, comparison) for j in judgements if j.wrong]
     if not wrong:
         return [], {}
     flow = Dataflow(program)
@@ -49,6 +54,13 @@ def explain(program: Program, comparison, field, watch: Watch, judgements: list[
     return [Finding(f.diagnostic, f.op, f.modules, f.used_at, f.algebra, f.operands, counts[i], f.witnesses) for i, f in enumerate(findings)], explained
 
 
+def _in_pass(j: Judgement, comparison) -> Judgement:
+    """The judgement with the pieces of another pass over the same traces."""
+    fresh = comparison.compared[j.key]
+    twin = {id(old): new for old, new in zip(j.compared.pieces, fresh.pieces, strict=True)}
+    return replace(j, compared=fresh, wrong=[replace(w, piece=twin[id(w.piece)]) for w in j.wrong])
+
+
 def _primary(wrong: list[Judgement]) -> list[Judgement]:
     """The wrong outputs that come first: earliest step, and its scalars and gradients before what follows from them."""
     step = min(j.key[2] for j in wrong)
@@ -73,16 +85,11 @@ def _relation(field, comparison, by_key, keys, groups) -> Relation:
         if key[0] == "parameter":
             for p in c.pieces:
                 line = comparison.lineage_of(p.rank, "parameter", p.recorded.name)
-                before[id(p)] = field.take([comparison.every["field"]], _numbers(p) + 1) if line is not None and len(p.numbers) else None
+                before[id(p)] = field.take([comparison.every["field"]], torch.from_numpy(p.numbers) + 1) if line is not None and len(p.numbers) else None
         got = relate(field, c, list(groups), groups, before)
         if got.kind != "other":
             return got
     return Relation("other", "REL001", "")
-
-
-def _numbers(piece):
-    import torch
-    return torch.from_numpy(piece.numbers)
 
 
 def _finding(flow: Dataflow, search: Search, origin: Origin, relation: Relation, judgements: list[Judgement]) -> Finding:

@@ -47,25 +47,34 @@ class Watch:
         return self.table
 
     def _found(self, m, v) -> bool:
-        f = m.fingerprint(v).reshape(-1).numpy()
+        return self._among(m.fingerprint(v).reshape(-1).numpy())
+
+    def _among(self, f: np.ndarray) -> bool:
         table = self._finish()
         if not len(table) or not len(f):
             return not len(f)
         at = np.minimum(np.searchsorted(table, f), len(table) - 1)
         return bool((table[at] == f).all())
 
+    def symbols(self, m, everything) -> None:
+        """The symbols themselves are values of the reference."""
+        self.prints.append(np.unique(m.fingerprint(everything).reshape(-1).numpy()))
+
     def _judge(self, rank: int, index: int, m, v) -> None:
-        status = GOOD
-        if not m.is_const(v) and not self._found(m, v):
-            status = OPEN
-            n = int(np.prod(v.shape, dtype=np.int64))
-            sample = m.take([v], torch.arange(1, n + 1, max(1, n // 8)))
-            for c in self.factors:
-                if self._found(m, m.scale(sample, 1 / c)) and self._found(m, m.scale(v, 1 / c)):
-                    status = f"x {c}"
-                    break
         old = self.status.get((rank, index), GOOD)
-        self.status[(rank, index)] = status if old == GOOD else old
+        if old == GOOD:
+            self.status[(rank, index)] = GOOD if m.is_const(v) or self._found(m, v) else self._scale(m, v)
+
+    def _scale(self, m, v) -> str:
+        """"x c" if every element is c times a value of the reference; a few elements are tried with all factors at once first."""
+        n = int(np.prod(v.shape, dtype=np.int64))
+        sample = m.take([v], torch.arange(1, n + 1, max(1, n // 8))[:, None])
+        inverse = m.stack([m.const(1 / c) for c in self.factors])
+        prints = m.fingerprint(m.mul(sample, m.reshape(inverse, (1, len(self.factors))))).numpy()
+        for k, c in enumerate(self.factors):
+            if self._among(prints[:, k]) and self._found(m, m.scale(v, 1 / c)):
+                return f"x {c}"
+        return OPEN
 
 
 @dataclass(slots=True)

@@ -60,6 +60,8 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
             hooks.before = (check.before, facts[side].before)
             hooks.after = check.after
         if watch is not None:
+            if side == "reference":
+                watch.symbols(fld, binder.all["field"])
             hooks.value = lambda machine, m, call, k, ref, side=side: watch.value(side, machine, m, call, k, ref)
         worlds.append(replay(program, algebras, table, hooks, lambda f, side=side: progress("replay", side, f)))
     comparison = Comparison(symbols, algebras, worlds[0], worlds[1])
@@ -68,8 +70,9 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
 
 
 def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(),
-            progress: Callable = lambda *a, **k: None) -> Analysis:
-    """Replay, compare and judge. A difference in the field is confirmed by a second seed before it counts."""
+            progress: Callable = lambda *a, **k: None, watch=None) -> Analysis:
+    """Replay, compare and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for diagnosis)
+    sees the values of that second pass."""
     clock = time.perf_counter()
     phases: list[Phase] = []
 
@@ -87,7 +90,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     lap("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines)} ops")
     second = None
     if any(p.wrong("field") for c in first.comparison.compared.values() for p in c.pieces):
-        second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress)
+        second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress, watch=watch)
         lap("second seed")
     diagnostics = [*check.diagnostics, *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
     unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)

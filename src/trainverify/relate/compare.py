@@ -162,6 +162,8 @@ class Comparison:
     def _match(self, rec: Recorded) -> None:
         if rec.kind == "scalar":
             return self._by_name(rec)
+        if rec.ref is not None and rec.ref.numel == 0:
+            return                            # an empty shard holds nothing
         line = self.lineage_of(rec.rank, rec.kind, rec.name)
         if not rec.values:
             return self._absent(rec, line)

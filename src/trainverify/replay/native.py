@@ -1,6 +1,7 @@
 """Native memory: the recorded program's real bytes, recomputed by torch's own kernels (trusted: integers, masks and decisions come from here)."""
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 
@@ -108,6 +109,8 @@ class NativeMemory:
         got = self._ops.get(name)
         if got is None:
             ns, op, overload = name.split(".")
+            if ns == "fsdp":
+                importlib.import_module("torch.distributed.fsdp")      # registers its ops
             got = self._ops[name] = getattr(getattr(getattr(torch.ops, ns), op), overload)
         return got
 
