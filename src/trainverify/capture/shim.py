@@ -282,13 +282,22 @@ class _Shim:
         replacements = {load: load_on_cpu}
         safetensors = sys.modules.get("safetensors.torch")
         if safetensors is not None:
-            load_file, safe_open = safetensors.load_file, safetensors.safe_open
-            self.patches.set(safetensors, "load_file", lambda filename, device="cpu": load_file(filename, _on_cpu(device)))
-            opener = lambda filename, framework, device="cpu": safe_open(filename, framework, _on_cpu(device))  # noqa: E731
-            replacements |= {load_file: safetensors.load_file, safe_open: opener}
-            self.patches.set(safetensors, "safe_open", opener)
-            self.patches.set(sys.modules["safetensors"], "safe_open", opener)
+            replacements[safetensors.load_file] = _reads_on_cpu(safetensors.load_file, 1)
+            replacements[safetensors.safe_open] = _reads_on_cpu(safetensors.safe_open, 2)
+            for owner, name in ((safetensors, "load_file"), (safetensors, "safe_open"), (sys.modules["safetensors"], "safe_open")):
+                self.patches.set(owner, name, replacements[getattr(owner, name)])
         self.patches.everywhere(replacements)
+
+
+def _reads_on_cpu(function, position: int):
+    """A reader of files whose argument `device`, at this position, is the CPU where it says cuda."""
+    def reader(*args, **kwargs):
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        elif len(args) > position:
+            args = (*args[:position], _on_cpu(args[position]), *args[position + 1:])
+        return function(*args, **kwargs)
+    return reader
 
 
 def _on_cpu(device: Any) -> Any:

@@ -130,3 +130,22 @@ def test_capturable_optimizers(notes):
         p.grad = torch.ones(2)
         optimizer.step()
     assert p.detach().ne(1).all()
+
+
+def test_files_are_read_on_the_cpu(notes, tmp_path):
+    import safetensors
+    import safetensors.torch
+    tensors = {"w": torch.arange(3.0)}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    torch.save(tensors, tmp_path / "w.pt")
+    before = (safetensors.safe_open, safetensors.torch.load_file)
+    with cuda_shim(notes):
+        assert safetensors.torch.load_file(tmp_path / "w.safetensors", "cuda:0")["w"].tolist() == [0, 1, 2]
+        for device in ("cuda", 0, torch.device("cuda", 0), "cpu"):
+            with safetensors.safe_open(tmp_path / "w.safetensors", framework="pt", device=device) as file:
+                assert file.get_tensor("w").tolist() == [0, 1, 2]
+        with safetensors.safe_open(tmp_path / "w.safetensors", "pt", "cuda") as file:
+            assert list(file.keys()) == ["w"]
+        for place in ("cuda:0", {"cuda:0": "cuda:1"}, None, lambda storage, location: storage.cuda(0)):
+            assert torch.load(tmp_path / "w.pt", map_location=place)["w"].tolist() == [0, 1, 2]
+    assert (safetensors.safe_open, safetensors.torch.load_file) == before
