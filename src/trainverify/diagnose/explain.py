@@ -36,7 +36,7 @@ def explain(program: Program, watched, watch: Watch, judgements: list[Judgement]
     findings: list[Finding] = []
     explained: dict = {}
     for origin in origins:
-        fresh = [k for k in origin.outputs if k not in explained]
+        fresh = [k for k in by_key if k in origin.outputs and k not in explained]   # not the set's order: it differs between runs
         if not fresh or len(findings) == MOST_FINDINGS:
             continue
         relation = _relation(field, comparison, by_key, fresh, groups)
