@@ -15,8 +15,10 @@ from trainverify.report.words import count_of, fold_names, join_wrapped, memory_
 
 WIDTH = 80
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
-_TITLES = {"gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
+_TITLES = {"scalar": "scalars", "gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
+_NOUNS = {"parameter": "updated parameter", "state": "optimizer state"}
 _SEVERITY = {"error": "error", "internal": "internal error", "warning": "warning", "note": "note"}
+_JOINED = "\0x\0"                            # keeps "shard(dp) x shard(tp)" on one line
 _LEADING = re.compile(r"^\d+\b")
 _STATUS = {"REFUTED": "differ", "UNKNOWN": "unknown", "ERROR": "error", "PROVED": "proved"}
 
@@ -121,7 +123,7 @@ def _by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -
 def diagnostic_lines(d: Diagnostic, width: int = WIDTH, op: str = "", extra: Sequence[tuple[str, str]] = ()) -> list[str]:
     """One diagnostic: what is wrong, where, the source line, then what is known about it. `extra` holds further (label, text)."""
     lines = wrap(f"{_SEVERITY.get(d.severity, d.severity)}[{d.code}]: ", short_paths(d.message), width, indent=2)
-    if d.span:
+    if d.span and d.span.file:
         lines += _place(d.span, d.ranks, op, width)
     elif d.ranks:
         lines.append(f"  --> {ranks_text(d.ranks)}")
@@ -140,7 +142,7 @@ def _place(span: Span, ranks: Sequence[int], op: str, width: int) -> list[str]:
     # A backward call's span is its forward line: only an op that names its forward op says which part of that line.
     shown = excerpt(span.file, span.line, op if span.phase != "backward" or "backward" in op else "")
     if shown:
-        gutter = max(3, len(str(shown.line)))
+        gutter = max(3, len(str(shown.line)) + 1)
         lines += [f"{'':{gutter}}|", f"{shown.line:<{gutter}}| {shown.text}", f"{'':{gutter}}| {shown.carets}"]
     return lines
 
@@ -155,7 +157,7 @@ def _finding(report: Report, index: int, width: int) -> list[str]:
     if f.op:
         extra.append(("operation:", f.op))
     extra += [(f"{o.role}:", f"{list(o.shape)} {o.dtype}" + (f", {o.lineage}" if o.lineage else "")) for o in f.operands]
-    extra += [("used at:", f"{short_path(s.file)}:{s.line}" + (f" in {s.function}" if s.function else "")) for s in f.used_at]
+    extra += [("used at:", f"{short_path(s.file)}:{s.line}" + (f" in {s.function}" if s.function else "")) for s in f.used_at if s.file]
     if span and span.stack:
         extra.append(("called from:", " < ".join(f"{short_path(file)}:{line} {name}" for file, line, name in span.stack)))
     if f.algebra:
@@ -168,7 +170,7 @@ def _finding(report: Report, index: int, width: int) -> list[str]:
 def _explained_kinds(report: Report, index: int) -> str:
     outs = [o for o in report.outputs if o.finding == index]
     kinds = {k: sum(o.kind == k for o in outs) for k in dict.fromkeys(o.kind for o in outs)}
-    return ": " + ", ".join(f"{n} {_TITLES.get(k, k + 's') if n > 1 else k}" for k, n in kinds.items()) if kinds else ""
+    return ": " + ", ".join(count_of(n, _NOUNS.get(k, k)) for k, n in kinds.items()) if kinds else ""
 
 
 def _counterexample(f: Finding, width: int) -> list[str]:
@@ -211,26 +213,34 @@ def _table(report: Report, width: int) -> list[str]:
         return []
     kinds = [*KINDS, *sorted({o.kind for o in report.outputs} - set(KINDS))]
     groups = [(k, [o for o in report.outputs if o.kind == k]) for k in kinds]
-    groups = [(_title(k, outs), outs) for k, outs in groups if outs]
-    pad = max(20, *[len(t) for t, _ in groups])
+    groups = [(k, _title(k, outs), outs) for k, outs in groups if outs]
+    pad = max(20, *[len(title) for _, title, _ in groups])
     lines = [f"  {'output':<{pad}}  {'count':>6}   layout found"]
-    for title, outs in groups:
-        layouts: dict[str, int] = {}
-        for o in outs:
-            layouts[o.layout or "none found"] = layouts.get(o.layout or "none found", 0) + 1
-        names = list(layouts) if len(layouts) == 1 else [f"{n} {layout}" for layout, n in sorted(layouts.items(), key=lambda kv: -kv[1])]
-        lines += wrap(f"  {title:<{pad}}  {len(outs):>6}   ", ", ".join(names), width)
+    for kind, title, outs in groups:
+        row = wrap(f"  {title:<{pad}}  {len(outs):>6}   ", _layouts(kind, outs).replace(" x ", _JOINED), width)
+        lines += [line.replace(_JOINED, " x ") for line in row]
         lines += _not_proved(report, outs, pad, width)
     return lines
 
 
 def _title(kind: str, outs: Sequence[OutputResult]) -> str:
-    """The row's first column: scalars by name while they are few, optimizer state with its keys."""
-    if kind == "scalar":
-        names = ", ".join(dict.fromkeys(o.name for o in outs))
-        return names if len(names) <= 24 else "scalars"
-    keys = list(dict.fromkeys(o.name.split("::")[-1] for o in outs)) if kind == "state" else []
-    return _TITLES.get(kind, kind) + (f" ({', '.join(keys)})" if keys and len(", ".join(keys)) <= 24 else "")
+    """The row's first column: scalars by name while they are few."""
+    names = ", ".join(dict.fromkeys(o.name for o in outs)) if kind == "scalar" else ""
+    return names if 0 < len(names) <= 24 else _TITLES.get(kind, kind)
+
+
+def _layouts(kind: str, outs: Sequence[OutputResult]) -> str:
+    """The row's last column: each layout with its count; the keys of optimizer state."""
+    counts: dict[str, int] = {}
+    for o in outs:
+        counts[o.layout or "none found"] = counts.get(o.layout or "none found", 0) + 1
+    found = list(counts) if len(counts) == 1 else [f"{n} {layout}" for layout, n in sorted(counts.items(), key=lambda kv: -kv[1])]
+    keys = ", ".join(dict.fromkeys(_state_key(o) for o in outs)) if kind == "state" else ""
+    return ", ".join(found) + (f" ({keys})" if keys else "")
+
+
+def _state_key(o: OutputResult) -> str:
+    return o.name.partition("::")[2]
 
 
 def _not_proved(report: Report, outs: Sequence[OutputResult], pad: int, width: int) -> list[str]:
@@ -259,18 +269,20 @@ def _why(report: Report, o: OutputResult) -> str:
     if 0 <= o.finding < len(report.findings):
         d = report.findings[o.finding].diagnostic
         cause = d.code + (f" at {os.path.basename(d.span.file)}:{d.span.line}" if d.span else "")
-    return "; ".join(t for t in (o.algebra, o.reason, cause) if t) or "no reason recorded"
+    reason = "" if cause and o.verdict == "REFUTED" else o.reason   # "differs" is said already
+    return "; ".join(t for t in (o.algebra, reason, cause) if t) or "no reason recorded"
 
 
 def _names_by_step(members: Sequence[OutputResult], outs: Sequence[OutputResult]) -> str:
-    """"all, steps 1-2", or the folded names of each step; steps with the same names share one list."""
-    by_step: dict[int, tuple[str, ...]] = {}
-    for o in members:
-        by_step[o.step] = (*by_step.get(o.step, ()), o.name)
+    """The folded names of each step ("all", or "all exp_avg", where none is missing); steps with the same names share one list."""
     by_names: dict[tuple[str, ...], list[int]] = {}
-    for step, names in by_step.items():
-        everything = set(names) == {o.name for o in outs if o.step == step} and len(names) > 1
-        by_names.setdefault(("all",) if everything else tuple(fold_names(names)), []).append(step)
+    for step in dict.fromkeys(o.step for o in members):
+        mine = [o for o in members if o.step == step]
+        rest = {o.name for o in outs if o.step == step} - {o.name for o in mine}
+        left = {name.partition("::")[2] for name in rest}   # keys of which some are not among these
+        complete = [] if len(mine) == 1 else ["all"] if not rest else [f"all {key}" for key in dict.fromkeys(map(_state_key, mine)) if key not in left]
+        told = fold_names(o.name for o in mine if len(mine) == 1 or rest and _state_key(o) in left)
+        by_names.setdefault((*complete, *told), []).append(step)
     return "; ".join(f"{ranks_text(steps).replace('rank', 'step')}: {', '.join(names)}" for names, steps in by_names.items())
 
 

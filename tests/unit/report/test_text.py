@@ -52,6 +52,14 @@ def test_every_output_that_is_not_equal_is_named_with_its_reason():
         assert said in rendered
 
 
+def test_states_of_which_none_is_missing_are_named_by_key():
+    outs = [OutputResult("state", f"{w}::{key}", step, (0,), "REFUTED" if key != "step" and (key, w, step) != ("m", "b", 2) else "PROVED")
+            for step in (1, 2) for w in ("a", "b") for key in ("m", "v", "step")]
+    rendered = text.render(Report(verdict="REFUTED", outputs=outs))
+    assert "      step 1: all m, all v; step 2: all v, a::m\n" in rendered
+    assert "optimizer state           12   none found (m, v, step)\n" in rendered
+
+
 def test_reasons_that_differ_in_a_number_stand_together():
     outs = [OutputResult("gradient", f"layers.{i}.w", 1, (0,), "UNKNOWN", f"{n} elements differ") for i, n in enumerate((40, 500, 40))]
     rendered = text.render(Report(outputs=[*outs, OutputResult("gradient", "b", 1, (0,), "PROVED")]))

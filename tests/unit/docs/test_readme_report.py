@@ -1,0 +1,35 @@
+"""The report in the README is a real one. `pytest -m slow tests/unit/docs --snapshot-update` writes it anew."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[3] / "README.md"
+BLOCK = re.compile(r"(?s)<!-- report: (\S+) -->\n(.*?)\n<!-- end -->")
+COST = re.compile(r"\d+(?:\.\d+)? (?:s|GB|MB)\b")   # differs from run to run
+
+
+def excerpt(report: str) -> str:
+    """What the README shows: up to the table of outputs, and the last lines; indented as a code block."""
+    top, _, rest = report.partition("\n\n  output ")
+    shown = f"{top}\n\n...\n\n{rest.rstrip().split(chr(10) * 2)[-1]}"
+    return "\n".join(f"    {line}".rstrip() for line in shown.split("\n"))
+
+
+def stable(text: str) -> str:
+    """Without cost, the build of torch, and where lines were broken because of them."""
+    return re.sub(r"\s+", " ", COST.sub("#", text).replace("+cpu", ""))
+
+
+@pytest.mark.slow
+def test_the_report_in_the_readme_is_what_the_run_prints(request, tmp_path):
+    spec, written = BLOCK.search(README.read_text()).groups()
+    done = subprocess.run([sys.executable, "-m", "trainverify", "verify", spec, "-q"], cwd=README.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = excerpt(done.stdout)
+    if request.config.getoption("update_snapshots"):
+        README.write_text(BLOCK.sub(lambda m: f"<!-- report: {spec} -->\n{found}\n<!-- end -->", README.read_text()))
+        written = found
+    assert stable(written) == stable(found)
