@@ -12,10 +12,10 @@ COST = re.compile(r"\d+(?:\.\d+)? (?:s|GB|MB)\b")   # differs from run to run
 
 
 def excerpt(report: str) -> str:
-    """What the README shows: up to the table of outputs, and the last lines; indented as a code block."""
-    top, _, rest = report.partition("\n\n  output ")
-    shown = f"{top}\n\n...\n\n{rest.rstrip().split(chr(10) * 2)[-1]}"
-    return "\n".join(f"    {line}".rstrip() for line in shown.split("\n"))
+    """What the README shows: the header, the verdict and the first cause, then the last lines; indented as a code block."""
+    sections = report.rstrip().split("\n\n")
+    shown = [*sections[:3], *[s for s in sections[3:4] if s.startswith("  counterexample")], "...", sections[-1]]
+    return "\n".join(f"    {line}".rstrip() for line in "\n\n".join(shown).split("\n"))
 
 
 def stable(text: str) -> str:
