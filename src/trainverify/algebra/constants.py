@@ -268,10 +268,22 @@ class Constants:
         if not self.parallel:
             self._data.append(np.abs(values))
             return x
-        new = [self._rounded_from(v, int(c)) for v, c in zip(values.tolist(), counts)]
+        near = self._near_reference(np.abs(values))
+        if not near.any():
+            return x
+        values[near] = [self._rounded_from(v, int(c)) for v, c in zip(values[near].tolist(), counts[near])]
         out = x.clone()
-        out[long] = torch.from_numpy(np.array(new)[inverse])
+        out[long] = torch.from_numpy(values[inverse])
         return out
+
+    def _near_reference(self, values: np.ndarray) -> np.ndarray:
+        """Where a constant of the reference lies within 4 units in the last place of float32."""
+        known = self._reference_array
+        if not len(known):
+            return np.zeros(len(values), dtype=bool)
+        at = np.searchsorted(known, values)
+        below, above = known[(at - 1).clip(min=0)], known[at.clip(max=len(known) - 1)]
+        return np.minimum(np.abs(values - below), np.abs(values - above)) <= 2.0 ** -21 * values
 
     def _rounded_from(self, value: float, count: int) -> float:
         v = abs(value)

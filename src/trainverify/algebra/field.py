@@ -319,7 +319,7 @@ class Field(Order):
 
     def _added(self, a: FieldValue, add: Callable[[torch.Tensor, int], torch.Tensor]) -> FieldValue:
         if a.num is not None:
-            return self._fold(add(a.num, 0), lambda: self._added(FieldValue(a.shape, self._lift(a), sp=a.sp), add))
+            return self._fold(add(a.num, 0), lambda: self._added(self._lifted(a), add))
         res = add(a.res, 1)
         res = res.remainder_(MOD[res.dim() - 1])
         sp = sgn = None
@@ -572,9 +572,9 @@ class Field(Order):
         v = self._settle(v)
         whole = offset == 0 and is_dense(tuple(size), tuple(stride), cell.n)
         if v.num is not None and (cell.value.num is None and not whole):
-            v = FieldValue(v.shape, self._lift(v), sp=v.sp)
+            v = self._lifted(v)
         elif v.num is None and cell.value.num is not None:
-            cell.become(FieldValue(cell.value.shape, self._lift(cell.value), sp=cell.value.sp))
+            cell.become(self._lifted(cell.value))
         cell.store(offset, size, stride, v)
         return cell
 

@@ -13,7 +13,7 @@ import torch
 
 from trainverify.algebra import primes
 from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NAN, NEG_INF, POS_INF, FieldValue, any_of, codes, floats, is_garbage,
-                                            joined)
+                                            joined, spread_dims)
 from trainverify.algebra.maxsets import NONE
 from trainverify.algebra.primes import MOD, mix, pack_p
 from trainverify.algebra.real import COMPARISONS
@@ -29,12 +29,16 @@ class Order:
         if a.num is not None and b.num is not None:
             return FieldValue(torch.broadcast_shapes(a.shape, b.shape), num=torch.maximum(a.num, b.num))
         shape = torch.broadcast_shapes(a.shape, b.shape)
-        pair = self.stack([self.expand(self._operand(v), shape) for v in (a, b)])
+        pair = self.stack([self.expand(self._lifted(self._operand(v)), shape) for v in (a, b)])
         for v in (a, b):
             if v.num is not None and v.num.isfinite().any():
                 finite = v.num.isfinite()
                 self.maxsets.note_constants(pack_p(self._lift(v))[finite], v.num[finite])
         return self.reshape(self._largest(self.permute(self.reshape(pair, (2, -1)), (1, 0))), shape)
+
+    def _lifted(self, v: FieldValue) -> FieldValue:
+        """A constant as a symbolic value (small before it is expanded)."""
+        return v if v.num is None else FieldValue(v.shape, self._lift(v), sp=v.sp)
 
     def minimum(self, a, b):
         return self.neg(self.maximum(self.neg(a), self.neg(b)))
@@ -180,13 +184,13 @@ class Order:
         shape = torch.broadcast_shapes(mask.shape, a.shape, b.shape)
         if a.num is not None and b.num is not None:
             return FieldValue(shape, num=torch.where(mask, a.num, b.num))
-        a, b = self.expand(a, shape), self.expand(b, shape)
-        out = FieldValue(shape, torch.where(mask, self._lift(a), self._lift(b)), flags=joined((a.flags, b.flags)))
+        x, y = (spread_dims(self._lift(v), len(shape)) for v in (a, b))
+        out = FieldValue(shape, torch.where(mask, x, y), flags=joined((a.flags, b.flags)))
         none = torch.zeros((), dtype=torch.uint8)
         for what in ("sp", "sgn"):
             x, y = getattr(a, what), getattr(b, what)
             if x is not None or y is not None:
-                chosen = torch.where(mask, none if x is None else x, none if y is None else y)
+                chosen = torch.where(mask, none if x is None else x, none if y is None else y).expand(shape)
                 setattr(out, what, chosen if chosen.any() else None)
         return out
 

@@ -208,7 +208,13 @@ def log(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @lru_cache(maxsize=1)
 def _powers_of_two() -> torch.Tensor:
     """[4, 2200]: 2 ** (column - 1150)."""
-    return torch.tensor([[pow(2, e, m) for e in range(-1150, 1050)] for m in MODULI], dtype=I64)
+    rows = []
+    for m in MODULI:
+        row = [pow(2, -1150, m)]
+        while len(row) < 2200:
+            row.append(2 * row[-1] % m)
+        rows.append(row)
+    return torch.tensor(rows, dtype=I64)
 
 
 def dyadic(x: torch.Tensor) -> torch.Tensor:
