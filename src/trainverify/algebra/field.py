@@ -19,7 +19,7 @@ from trainverify.algebra import primes
 from trainverify.algebra.base import Number
 from trainverify.algebra.constants import Constants, Rounding
 from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NEG_INF, P_BAD, POS_INF, Q_BAD, ROOTED, SETTLED, TAINT, Cell, FieldValue, any_of,
-                                            both_signs, codes, floats, is_dense, is_garbage, joined, spread_dims, sum_signs)
+                                            both_signs, broadcast, codes, floats, is_dense, is_garbage, joined, spread_dims, sum_signs)
 from trainverify.algebra.hashtable import HashTable
 from trainverify.algebra.maxsets import MaxSets
 from trainverify.algebra.order import Order
@@ -448,7 +448,7 @@ class Field(Order):
             return self._fold(a.num.pow(b.num), lambda: self._opaque("power", a, b))
         if b.num is not None and b.num.numel() and bool((b.num == b.num.reshape(-1)[0]).all()):
             out = self.pow(a, b.num.reshape(-1)[0].item())
-            return self.expand(out, torch.broadcast_shapes(a.shape, b.shape))
+            return self.expand(out, broadcast(a.shape, b.shape))
         if a.num is not None and bool((a.num > 0).all()):
             return self.exp(self.mul(b, self.log(a)))
         return self._opaque("power", a, b)

@@ -46,6 +46,17 @@ class FieldValue:
                           None if self.sgn is None else f(self.sgn, 0), self.flags)
 
 
+def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The common shape (torch.broadcast_shapes costs most of a second at its first call)."""
+    out: list[int] = []
+    for i in range(-max(map(len, shapes)), 0):
+        sizes = {s[i] for s in shapes if len(s) >= -i} - {1}
+        if len(sizes) > 1:
+            raise ValueError(f"shapes {shapes} do not broadcast")
+        out.append(sizes.pop() if sizes else 1)
+    return tuple(out)
+
+
 def joined(flags: Sequence[int]) -> int:
     """Flags of a value whose elements come from several."""
     out, settled = 0, SETTLED

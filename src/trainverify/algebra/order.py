@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from trainverify.algebra import primes
-from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NAN, NEG_INF, POS_INF, FieldValue, any_of, codes, floats, is_garbage,
-                                            joined, spread_dims)
+from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NAN, NEG_INF, POS_INF, FieldValue, any_of, broadcast, codes, floats,
+                                            is_garbage, joined, spread_dims)
 from trainverify.algebra.maxsets import NONE
 from trainverify.algebra.primes import MOD, mix, pack_p
 from trainverify.algebra.real import COMPARISONS
@@ -27,8 +27,8 @@ class Order:
     # ---- maxima
     def maximum(self, a, b):
         if a.num is not None and b.num is not None:
-            return FieldValue(torch.broadcast_shapes(a.shape, b.shape), num=torch.maximum(a.num, b.num))
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+            return FieldValue(broadcast(a.shape, b.shape), num=torch.maximum(a.num, b.num))
+        shape = broadcast(a.shape, b.shape)
         pair = self.stack([self.expand(self._lifted(self._operand(v)), shape) for v in (a, b)])
         for v in (a, b):
             if v.num is not None and v.num.isfinite().any():
@@ -120,7 +120,7 @@ class Order:
     def compare(self, op: str, a, b):
         """0/1-valued; gt, ge, lt, le, eq, ne."""
         if a.num is not None and b.num is not None:
-            return FieldValue(torch.broadcast_shapes(a.shape, b.shape), num=COMPARISONS[op](a.num, b.num).to(F64))
+            return FieldValue(broadcast(a.shape, b.shape), num=COMPARISONS[op](a.num, b.num).to(F64))
         if op in ("lt", "le"):
             a, b, op = b, a, {"lt": "gt", "le": "ge"}[op]
         if op == "ge":                        # a >= b is not b > a
@@ -181,7 +181,7 @@ class Order:
             if mask.num is None:
                 return self._blend(mask, a, b)
             mask = mask.num != 0
-        shape = torch.broadcast_shapes(mask.shape, a.shape, b.shape)
+        shape = broadcast(tuple(mask.shape), a.shape, b.shape)
         if a.num is not None and b.num is not None:
             return FieldValue(shape, num=torch.where(mask, a.num, b.num))
         x, y = (spread_dims(self._lift(v), len(shape)) for v in (a, b))
