@@ -214,8 +214,9 @@ class Collectives:
         else:
             got = pending.got if pending.ticket is None else self.channel.complete(pending.ticket)
         with unseen():
-            for output, value in zip(plan.outputs, self._results(plan, got)):
+            for output, ref, value in zip(plan.outputs, pending.refs, self._results(plan, got)):
                 output.copy_(value.reshape(output.shape))
+                self.recorder.encoder.wrote(output, ref.storage)
         pending.got = None
 
     def _results(self, plan: Plan, got: list) -> list[torch.Tensor]:

@@ -36,6 +36,19 @@ def storage_bytes(storage: torch.UntypedStorage) -> np.ndarray:
     return _copy(storage.data_ptr(), storage.nbytes())
 
 
+def storage_crc(storage: torch.UntypedStorage) -> int:
+    """crc32 of a storage's bytes; 0 where it has none in memory."""
+    n = storage.nbytes()
+    return _crc32((_byte * n).from_address(storage.data_ptr())) if n and storage.device.type != "meta" else 0
+
+
+def clear(storage: torch.UntypedStorage, start: int = 0) -> None:
+    """Zero a storage's bytes from `start` on."""
+    n = storage.nbytes() - start
+    if n > 0 and storage.device.type != "meta":
+        ctypes.memset(storage.data_ptr() + start, 0, n)
+
+
 def _copy(address: int, n: int) -> np.ndarray:
     if not n:
         return np.empty(0, dtype=np.uint8)

@@ -1,7 +1,9 @@
 """Arguments as trace data: tensors become references to numbered storages (trusted: two storages never share a number).
 
 A number belongs to a StorageImpl for as long as the trace is recorded: a weak reference pins its address, so that it cannot be
-taken by a later storage, while its memory is freed as the program wants.
+taken by a later storage, while its memory is freed as the program wants. What C++ or numpy puts into integer tensors, or into
+memory that no recorded call has written, is data: such a storage gets a new number with its bytes as they are found. Other
+writes that nobody recorded show in the digests.
 """
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import torch
 from torch._C._distributed_c10d import ProcessGroup, ReduceOp
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trainverify.capture.digest import storage_bytes
+from trainverify.capture.digest import clear, storage_bytes, storage_crc
 from trainverify.ir.trace import Arg, Name, ScalarRef, Sequence, Storage, TensorRef
 
 _BOXED_REDUCE_OPS = {int(v): k.lower() for k, v in ReduceOp.RedOpType.__members__.items()}
@@ -39,6 +41,7 @@ class Encoder:
         self.sizes: list[int] = []
         self.present: dict[int, int] = {}      # bytes of the storages that were resized
         self.initial: list[bool] = []
+        self._watched: dict[int, int] = {}     # crc32 of the storages of integers, and of those that nothing has written yet
         self._ids: dict[int, int] = {}
         self._pins: list[StorageWeakRef] = []
         self._pending = pending_scalars
@@ -68,27 +71,57 @@ class Encoder:
                 self.blobs[f"init.{sid}"] = storage_bytes(storage)
         return sid
 
-    def known(self, storage: torch.UntypedStorage) -> int | None:
-        """The storage's number if it has one."""
-        return self._ids.get(storage._cdata)
-
     def resized(self, storage: torch.UntypedStorage) -> int | None:
         """Notes a storage's present size; its number if that differs from what was noted before, else None."""
         sid = self._ids.get(storage._cdata)
         if sid is None:
             return None
-        nbytes = storage.nbytes()
-        if nbytes == self.present.get(sid, self.sizes[sid]):
+        nbytes, before = storage.nbytes(), self.present.get(sid, self.sizes[sid])
+        if nbytes == before:
             return None
         self.present[sid] = nbytes
+        clear(storage, before)
+        if before == 0 or sid in self._watched:
+            self._watched[sid] = storage_crc(storage)
         self.sizes[sid] = max(self.sizes[sid], nbytes)
+        return sid
+
+    # ---- contents that change unseen
+    def wrote(self, t: torch.Tensor, sid: int) -> None:
+        """A recorded call has written a tensor."""
+        if not t.dtype.is_floating_point:
+            self._watched[sid] = storage_crc(t.untyped_storage())
+        elif sid in self._watched:
+            del self._watched[sid]
+
+    def fresh(self, t: torch.Tensor) -> None:
+        """A tensor of uninitialised memory: zero it, so that a capture is deterministic, and see whether anyone fills it unseen."""
+        storage = t.untyped_storage()
+        clear(storage)
+        self._watched[self.storage(storage, True)] = storage_crc(storage)
+
+    def _as_found(self, t: torch.Tensor, sid: int) -> int:
+        """The number under which a watched storage is read."""
+        storage = t.untyped_storage()
+        now = storage_crc(storage)
+        if self._watched.setdefault(sid, now) == now:
+            return sid
+        del self._ids[storage._cdata]
+        sid = self.storage(storage, False)
+        self._watched[sid] = now
         return sid
 
     # ---- values
     def tensor(self, t: torch.Tensor, made: bool) -> Arg:
         if t.layout is not torch.strided:
             return Name("opaque", f"{t.layout} tensor".removeprefix("torch."))
-        return TensorRef(self.storage(t.untyped_storage(), made), t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
+        sid = self.storage(t.untyped_storage(), made)
+        if not t.dtype.is_floating_point or sid in self._watched:
+            if made:
+                self.wrote(t, sid)
+            else:
+                sid = self._as_found(t, sid)
+        return TensorRef(sid, t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
 
     def read(self, t: torch.Tensor) -> Arg:
         return self.tensor(t, False)

@@ -135,7 +135,9 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, torch.Tensor) and result.is_meta:
             return result
-        outs = encoder.result(result)
+        if info.garbage:
+            encoder.fresh(result)
+        outs = encoder.tensor(result, False) if info.garbage else encoder.result(result)
         written = self._written(info, args, kwargs)
         for t in written:
             self.resized(t.untyped_storage())

@@ -2,6 +2,7 @@
 
 `OpCall.digest_in` covers exactly `reads(call)`, in that order; `digest_out` covers `call.targets()`, and for a `tv.wait` the outputs of
 the collective that it completes. `digest_out` is 0 where the results are garbage (`makes_garbage`) or still pending.
+Uninitialised memory, and memory that a resize adds, is zero in a capture, so that equal programs give equal traces.
 """
 from __future__ import annotations
 
