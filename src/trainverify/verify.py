@@ -115,7 +115,7 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
     analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, progress=progress, watch=watch)
     groups = {g.ranks: g.axis for t in parallel.traces for g in t.groups if len(g.ranks) > 1}
     findings, explained = [], {}
-    if any(j.wrong for j in analysis.judgements):
+    if analysis.second is not None:
         clock = time.perf_counter()
         findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))

@@ -89,7 +89,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, check, facts)
     lap("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines)} ops")
     second = None
-    if any(p.wrong("field") for c in first.comparison.compared.values() for p in c.pieces):
+    if any(p.wrong("field") or p.undefined() for c in first.comparison.compared.values() for p in c.pieces):
         second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress, watch=watch)
         lap("second seed")
     diagnostics = [*check.diagnostics, *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.analysis import Analysis
+from trainverify.engine.verdict import DISTRUSTED
 from trainverify.ir.trace import Program
 from trainverify.relate.layout import describe, layout
 from trainverify.report.model import Assumption, Binding, Finding, OutputResult, Report
@@ -14,7 +15,7 @@ def fill(report: Report, analysis: Analysis, parallel: Program, groups: dict[tup
     first = analysis.first
     report.findings = findings
     report.outputs = _outputs(analysis, groups, explained)
-    report.diagnostics = [*report.diagnostics, *analysis.diagnostics, *_unbound(analysis)]
+    report.diagnostics = [*report.diagnostics, *analysis.diagnostics, *_unbound(analysis), *_absent(analysis)]
     report.verdict = overall(report)
     report.ranks = report.ranks or len(parallel.traces)
     report.mesh = mesh_text(groups)
@@ -36,7 +37,7 @@ def overall(report: Report) -> str:
     """REFUTED over program fault over internal error over UNKNOWN over PROVED."""
     if any(o.verdict == "REFUTED" for o in report.outputs):
         return "REFUTED"
-    if any(d.severity == "internal" for d in report.diagnostics):
+    if any(d.severity == "internal" or d.code in DISTRUSTED for d in report.diagnostics):
         return "ERROR"
     return "UNKNOWN" if any(o.verdict != "PROVED" for o in report.outputs) or not report.outputs else "PROVED"
 
@@ -68,6 +69,18 @@ def _unbound(analysis: Analysis) -> list[Diagnostic]:
     return [Diagnostic("BIND001", f"parameter {name} derives from no element of the reference", "error", None, tuple(sorted(ranks)),
                        ("its values are not the reference's weights: it was initialised on its own, or loaded past them",),
                        "load the reference's weights: ref.weights or ref.checkpoint()") for name, ranks in sorted(out.items())]
+
+
+def _absent(analysis: Analysis) -> list[Diagnostic]:
+    """Outputs that are missing or shares, one diagnostic for each reason."""
+    told = {"REL005": ("error", "an output of the reference is missing", "report or hold it on some rank"),
+            "REL006": ("warning", "a scalar is a rank's share", "declare it with tv.local")}
+    out: dict[tuple[str, str], list[str]] = {}
+    for j in analysis.judgements:
+        if j.code in told:
+            out.setdefault((j.code, j.reason), []).append(f"{j.key[0]} {j.key[1]}, step {j.key[2]}")
+    return [Diagnostic(code, f"{told[code][1]}: {reason}", told[code][0], notes=tuple(names[:8]), fix=told[code][2])
+            for (code, reason), names in out.items()]
 
 
 def assumptions(analysis: Analysis, parallel: Program) -> list[Assumption]:

@@ -13,7 +13,8 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.relate.compare import Compared, Piece
 
 EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with merged constants
-BLOCKING = {"REL007", "REL008", "OPS001", "OPS002", "CONF001", "CONF002", "CAP001"}
+BLOCKING = {"REL007", "REL008", "OPS001", "OPS002", "OPS003", "CONF001", "CONF002", "CAP001"}
+DISTRUSTED = {"CONF001", "CONF002"}           # the replay is not what ran: its witnesses show nothing
 
 
 @dataclass(slots=True)
@@ -29,13 +30,14 @@ class Wrong:
 
 @dataclass(slots=True)
 class Judgement:
-    """One output's verdict with its evidence."""
+    """One output's verdict with its evidence. unsure: pieces that differ in the field without a witness."""
 
     compared: Compared
     verdict: str
     code: str = ""
     reason: str = ""
     wrong: list[Wrong] = field(default_factory=list)
+    unsure: list[Piece] = field(default_factory=list)
 
     @property
     def key(self):
@@ -56,17 +58,21 @@ def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
 
 
 def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], unknown_op: bool, bits: int) -> Judgement:
-    wrongs, doubtful = [], 0
+    wrongs, doubtful, unsure = [], 0, []
     for k, piece in enumerate(c.pieces):
         twin = again.pieces[k] if again is not None else None
         found, unwitnessed = _differences(piece, twin, threshold, unknown_op)
         if found is not None:
             wrongs.append(found)
         doubtful += unwitnessed
+        unsure += [piece] if unwitnessed else []
     if wrongs and c.reference.kind == "scalar" and _is_share(c):
         how = _is_share(c)
         return Judgement(c, "UNKNOWN", "REL006", f"rank-local scalar: the {how} over the ranks is the reference's; "
                          f"declare it with tv.local(x, reduce=\"{how}\")", wrongs)
+    distrusted = sorted(DISTRUSTED & set(blocked))
+    if wrongs and distrusted:
+        return Judgement(c, "UNKNOWN", distrusted[0], f"differs in the replay, but see {', '.join(distrusted)}")
     if wrongs:
         code = "REL010" if all(w.nan for w in wrongs) else "REL001"
         return Judgement(c, "REFUTED", code, "differs from the reference", wrongs)
@@ -75,8 +81,9 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
     if c.missing:
         return Judgement(c, "UNKNOWN", "REL005", "no rank has it" if c.missing < 0 else f"{c.missing} of its elements are on no rank")
     if doubtful:
-        return Judgement(c, "UNKNOWN", "REL009" if unknown_op is False and _garbage(c) else "REL001",
-                         f"{doubtful} elements differ in the field but no float64 witness was found")
+        if not unknown_op and _garbage(c):
+            return Judgement(c, "UNKNOWN", "REL009", f"{doubtful} elements depend on uninitialised memory", unsure=unsure)
+        return Judgement(c, "UNKNOWN", "REL001", f"{doubtful} elements differ in the field but no float64 witness was found", unsure=unsure)
     if blocked:
         return Judgement(c, "UNKNOWN", blocked[0], f"equal in the field, but see {', '.join(blocked)}")
     return Judgement(c, "UNKNOWN", "", f"equal at 2 field points, error <= 2^-{bits}" if bits else "equal in the field")

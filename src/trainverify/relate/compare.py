@@ -53,6 +53,11 @@ class Piece:
     def wrong(self, algebra: str) -> bool:
         return not bool(self.equal[algebra].all())
 
+    def undefined(self) -> bool:
+        """Whether float64 has a NaN that the reference lacks."""
+        a, b = self.reference["real"].t, self.parallel["real"].t
+        return bool((torch.isnan(b) & torch.isfinite(a)).any())
+
 
 @dataclass(slots=True)
 class Compared:

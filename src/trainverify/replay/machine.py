@@ -209,15 +209,6 @@ class Machine:
             return
         self._assign(m, call, got, results)
 
-    def _drawn(self, m: Algebra, call: OpCall, results) -> bool:
-        """Random numbers are data as recorded, unless what they were drawn by depends on symbols."""
-        if not all(m.is_const(self.value(m, t)) for t in reads(call) if is_float(t.dtype)):
-            return False
-        for ref, native in zip(call.targets(), results):
-            if is_float(ref.dtype):
-                self.memory[m.name].store(ref, m.data(native))
-        return True
-
     def _leave(self, m: Algebra, call: OpCall, args, results) -> None:
         """A value leaves the tensor world: a float becomes a tracked scalar, a mask or comparison becomes a decision."""
         if isinstance(call.outs, ScalarRef):
@@ -256,7 +247,14 @@ class Machine:
             self.decide(call, "cast", m, (v,), native)
 
     def _random(self, m: Algebra, call: OpCall, results) -> None:
-        """Random numbers are data: the ones that were drawn."""
+        """What construction draws is data. What a step draws (dropout), or symbols steer, is another number on the other side."""
+        steered = any(not m.is_const(self.value(m, t)) for t in reads(call) if is_float(t.dtype))
+        if self.step or steered:
+            name = call.name.split(".")[1]
+            if m is self.algebras[0]:
+                self.diagnose("OPS003", f"live dropout, or other random numbers in a step ({name}): two programs cannot be compared", call,
+                              fix="set dropout to 0 in the spec; draw random inputs in reference() and hand them over in the batch")
+            return self._poison(m, call)
         for ref, drawn in zip(call.targets(), results):
             if is_float(ref.dtype):
                 self.memory[m.name].store(ref, m.data(drawn))
