@@ -6,6 +6,8 @@ unwrapped by torch first. Pure views are not recorded, since a trace refers to s
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -49,28 +51,27 @@ class Recorder(TorchDispatchMode):
         self._infos: dict[Any, OpInfo] = {}
         self._scalars = 0
         self._noted: set[tuple[str, int, str]] = set()
-        self._patches = Patches()
-        self._hooks: list = []
 
     # ---- life
-    def __enter__(self):
-        self._hooks = self.spans.module_hooks()
-        recorder = self
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs in this block. (Entering the mode itself only switches dispatch, as is done to decompose an op.)"""
+        patches, hooks = Patches(), self.spans.module_hooks()
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage, nbytes):
             result = resize(storage, nbytes)
-            recorder.resized(storage)
+            self.resized(storage)
             return result
 
-        self._patches.set(torch.UntypedStorage, "resize_", resize_)
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        self._patches.restore()
-        for hook in self._hooks:
-            hook.remove()
-        return super().__exit__(*exc)
+        patches.set(torch.UntypedStorage, "resize_", resize_)
+        try:
+            with self:
+                yield
+        finally:
+            patches.restore()
+            for hook in hooks:
+                hook.remove()
 
     def trace(self, **more: Any) -> Trace:
         """Everything recorded so far."""

@@ -204,7 +204,7 @@ class _Session:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        with self.recorder, ScalarMode(self.recorder):
+        with self.recorder.recording(), ScalarMode(self.recorder):
             yield
 
     def training(self, function: Callable, args: tuple, kwargs: dict) -> Training:
