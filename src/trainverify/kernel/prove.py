@@ -12,7 +12,7 @@ from typing import Literal
 
 from trainverify.kernel.normal import Builder, Undefined
 from trainverify.kernel.poly import OutOfSteps, Steps
-from trainverify.kernel.refute import Point, precisely_refuting_point, refuting_point
+from trainverify.kernel.refute import Point, late_refuting_point, refuting_point
 from trainverify.kernel.terms import Obligation, merged, reachable
 
 BUDGET = 300_000
@@ -76,7 +76,7 @@ def prove(obligation: Obligation, budget: int = BUDGET) -> Verdict:
     used = budget - max(steps.left, 0)
     if how in ("flat", "cleared") and not missing:
         return Proved(obligation, how, used, _TOKEN) if agreed else Unknown("no point", used)
-    if point := precisely_refuting_point(small):
+    if point := late_refuting_point(small):
         return Refuted(point.values, point.lhs, point.rhs, used)
     return Unknown("definedness" if how in ("flat", "cleared") else how, used, tuple(origins[i] for i in missing))
 

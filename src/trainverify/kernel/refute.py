@@ -58,6 +58,8 @@ def _decimal(q: Fraction) -> Decimal:
 
 def _cossin(x: Decimal) -> tuple[Decimal, Decimal]:
     """Cosine and sine, by Taylor series of a part of the angle and doubling."""
+    if x.adjusted() > 50:
+        raise Undefined(False)
     with decimal.localcontext() as context:
         context.prec += 20 + max(0, x.adjusted())
         halvings = max(0, int(abs(x)).bit_length() + 4)
@@ -252,11 +254,11 @@ def refuting_point(obligation: Obligation, agreements: int = 3, tries: int = 24)
     return agreed
 
 
-def precisely_refuting_point(obligation: Obligation, tries: int = 6) -> Point | None:
-    """A point at which the sides differ by less than floats show."""
+def late_refuting_point(obligation: Obligation, tries: int = 24, precise: int = 6) -> Point | None:
+    """A longer search, for what normal forms did not prove; at the first points it finds differences that floats do not show."""
     filter_ = Filter(obligation)
-    for leaves in points(obligation, tries):
-        found = filter_.at(leaves, precise=True)
+    for k, leaves in enumerate(points(obligation, tries)):
+        found = filter_.at(leaves, precise=k < precise)
         if isinstance(found, Point):
             return found
     return None
