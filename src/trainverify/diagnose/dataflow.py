@@ -19,6 +19,8 @@ class Dataflow:
         self._members: dict[tuple, list[Node]] = defaultdict(list)
         self._sender: dict[Node, Node] = {}
         self._scalars: dict[tuple[int, int], int] = {}
+        self._nth: dict[tuple, int] = {}
+        self._place: dict[Node, tuple] = {}
         for trace in program.traces:
             self._index(trace.rank, trace.ops)
         self._match_messages(program)
@@ -81,6 +83,25 @@ class Dataflow:
                 if wrote == ref or wrote.numel >= ref.numel and _contiguous(wrote) and _inside(ref, wrote):
                     break
         return out
+
+    def sender(self, node: Node) -> Node | None:
+        """The send that a receive (or the wait that completed it) got its value from."""
+        return self._sender.get(node)
+
+    def twin(self, node: Node, rank: int) -> Node | None:
+        """The same call on another rank: same op at the same line, the same time round."""
+        if not self._nth:
+            for r, ops in self.calls.items():
+                count: dict[tuple, int] = defaultdict(int)
+                for call in ops:
+                    span = self.span((r, call.index))
+                    place = (call.name, span and (span.file, span.line, span.phase))
+                    self._nth[(r, place, count[place])] = call.index
+                    self._place[(r, call.index)] = (place, count[place])
+                    count[place] += 1
+        place, n = self._place[node]
+        index = self._nth.get((rank, place, n))
+        return None if index is None else (rank, index)
 
     def scalar(self, rank: int, ref: ScalarRef) -> list[Node]:
         at = self._scalars.get((rank, ref.id))

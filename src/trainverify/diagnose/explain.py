@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 
@@ -16,6 +17,14 @@ from trainverify.report.model import Finding, Operand, Witness
 
 ORDER = {"scalar": 0, "gradient": 1, "parameter": 2, "buffer": 3, "state": 4}
 MOST_FINDINGS, MOST_SEARCHED = 3, 48
+MESSAGES = {
+    "REL001": "first operation whose inputs agree with the reference and whose result does not",
+    "REL002": "value is one rank's share: a sum over ranks is missing",
+    "REL003": "value is {factor} x the reference",
+    "REL004": "parameter is never updated on these ranks",
+    "REL009": "uninitialised memory reaches an output",
+    "REL010": "value is not a number where the reference is finite",
+}
 
 
 def explain(program: Program, watched, watch: Watch, judgements: list[Judgement],
@@ -23,15 +32,17 @@ def explain(program: Program, watched, watch: Watch, judgements: list[Judgement]
     """Findings, best first, and the index of the finding that explains each wrong output's key. `watched`: the engine's Pass in which
     `watch` saw the values."""
     comparison, field = watched.comparison, watched.field
-    wrong = [_in_pass(j, comparison) for j in judgements if j.wrong]
+    wrong = [_in_pass(j, comparison) for j in judgements if j.verdict == "REFUTED"]
+    wrong = wrong or [_in_pass(j, comparison) for j in judgements if j.unsure]
     if not wrong:
         return [], {}
     flow = Dataflow(program)
     search = Search(flow, watch)
     first = _primary(wrong)
     starts = [(j.key, p.rank, _read_ref(p.recorded), p.recorded.call.index)
-              for j in first[:MOST_SEARCHED] for p in j.compared.pieces if p.wrong("field") and _read_ref(p.recorded) is not None]
-    origins = rank_origins(search, starts)
+              for j in first[:MOST_SEARCHED] for p in j.compared.pieces
+              if (p.wrong("field") or p.undefined()) and _read_ref(p.recorded) is not None]
+    origins = rank_origins(search, starts, _mark(watch, first))
     by_key = {j.key: j for j in wrong}
     findings: list[Finding] = []
     explained: dict = {}
@@ -40,7 +51,7 @@ def explain(program: Program, watched, watch: Watch, judgements: list[Judgement]
         if not fresh or len(findings) == MOST_FINDINGS:
             continue
         relation = _relation(field, comparison, by_key, fresh, groups)
-        findings.append(_finding(flow, search, origin, relation, [by_key[k] for k in fresh]))
+        findings.append(_finding(flow, search, origin, relation, [by_key[k] for k in fresh], field, groups))
         explained.update(dict.fromkeys(fresh, len(findings) - 1))
     if not findings:
         relation = _relation(field, comparison, by_key, [first[0].key], groups)
@@ -58,7 +69,14 @@ def _in_pass(j: Judgement, comparison) -> Judgement:
     """The judgement with the pieces of another pass over the same traces."""
     fresh = comparison.compared[j.key]
     twin = {id(old): new for old, new in zip(j.compared.pieces, fresh.pieces, strict=True)}
-    return replace(j, compared=fresh, wrong=[replace(w, piece=twin[id(w.piece)]) for w in j.wrong])
+    return replace(j, compared=fresh, wrong=[replace(w, piece=twin[id(w.piece)]) for w in j.wrong], unsure=[twin[id(p)] for p in j.unsure])
+
+
+def _mark(watch: Watch, first: list[Judgement]):
+    """What to follow upwards: values that are not a number or uninitialised, or (None) values that are not the reference's."""
+    if all(j.code == "REL010" for j in first):
+        return watch.nan
+    return watch.garbage if all(j.code == "REL009" for j in first) else None
 
 
 def _primary(wrong: list[Judgement]) -> list[Judgement]:
@@ -92,44 +110,58 @@ def _relation(field, comparison, by_key, keys, groups) -> Relation:
     return Relation("other", "REL001", "")
 
 
-def _finding(flow: Dataflow, search: Search, origin: Origin, relation: Relation, judgements: list[Judgement]) -> Finding:
+def _finding(flow: Dataflow, search: Search, origin: Origin, relation: Relation, judgements: list[Judgement], field, groups) -> Finding:
     call = flow.call(origin.node)
     span = flow.span(origin.node)
-    message = {"REL002": "value is one rank's share: a sum over ranks is missing", "REL003": f"value is {relation.factor} x the reference",
-               "REL004": "parameter is never updated"}.get(relation.code, "first operation whose inputs agree with the reference and whose result does not")
-    if all(w.nan for j in judgements for w in j.wrong):
+    severity, sure = "error", any(j.wrong for j in judgements)
+    if not sure:
+        relation, severity = Relation("other", judgements[0].code, ""), "warning"
+    elif all(w.nan for j in judgements for w in j.wrong):
         relation = Relation("nan", "REL010", "parallel is not a number where the reference is")
-        message = "value is not a number where the reference is finite"
-    used = _used_at(flow, judgements)
+    elif relation.kind == "other" and origin.status.startswith("x "):
+        relation = Relation("scaled", "REL003", f"result = {origin.status[2:]} x a value of the reference", Fraction(origin.status[2:]))
+    elif relation.kind == "other" and (group := search.share(field, origin.node, list(groups))) is not None:
+        axis = groups.get(group, "")
+        over = f"{axis} ranks {list(group)}" if axis else f"ranks {list(group)}"
+        relation = Relation("partial", "REL002", f"reference = sum over {over} of the parallel values", Fraction(1), group)
+    own = (span.file, span.line) if span else None
+    constants = [s for s in map(flow.span, search.constants()) if s is not None and (s.file, s.line) != own and s.phase != "setup"]
+    places = _distinct(constants)[:2] + _distinct(_used_at(flow, judgements))
     return Finding(
-        Diagnostic(relation.code, message, "error", span, tuple(sorted(origin.ranks))),
-        call.name, tuple(dict.fromkeys(s for s in [span.module if span else ""] if s)), used, relation.text,
+        Diagnostic(relation.code, MESSAGES[relation.code].format(factor=relation.factor), severity, span, tuple(sorted(origin.ranks)),
+                   () if sure else ("no float64 witness was found",)),
+        call.name, tuple(dict.fromkeys(s for s in [span.module if span else ""] if s)), places, relation.text,
         _operands(flow, search, origin.node, call), len(judgements), witnesses(judgements))
 
 
 def _bare(flow: Dataflow, relation: Relation, judgements: list[Judgement]) -> Finding:
-    """No operation could be singled out: name the place where the first wrong output was read."""
-    used = _used_at(flow, judgements)
-    ranks = tuple(sorted({w.piece.rank for j in judgements for w in j.wrong}))
-    return Finding(Diagnostic(relation.code, "value differs from the reference", "error", used[0] if used else None, ranks), "", (), used,
-                   relation.text, (), len(judgements), witnesses(judgements))
+    """No operation could be singled out: name where ranks that are right last wrote the value, and where the wrong one was read."""
+    wrong = {w.piece.rank for j in judgements for w in j.wrong}
+    right = [p.recorded for j in judgements[:4] for p in j.compared.pieces if p.rank not in wrong and isinstance(p.recorded.ref, TensorRef)]
+    writers = [flow.span(n) for rec in right[:4] for n in flow.writer(rec.rank, rec.ref, rec.call.index)[:1]]
+    own = [flow.span(n) for j in judgements[:4] for w in j.wrong[:1] if isinstance(w.piece.recorded.ref, TensorRef)
+           for n in flow.writer(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)[:1]]
+    places = _distinct(writers + own + _used_at(flow, judgements))
+    return Finding(Diagnostic(relation.code, MESSAGES[relation.code].format(factor=relation.factor), "error", places[0] if places else None,
+                              tuple(sorted(wrong))), "", (), places[1:], relation.text, (), len(judgements), witnesses(judgements))
 
 
-def _used_at(flow: Dataflow, judgements: list[Judgement]) -> tuple[Span, ...]:
+def _distinct(spans: list[Span | None]) -> tuple[Span, ...]:
+    return tuple({(s.file, s.line): s for s in reversed(spans) if s is not None and s.file}.values())[::-1][:4]
+
+
+def _used_at(flow: Dataflow, judgements: list[Judgement]) -> list[Span | None]:
     """Where the wrong values are used as if they were right: the first reader after their last write, and the optimizer's step."""
-    places: dict[tuple, Span] = {}
+    out: list[Span | None] = []
     for j in judgements[:8]:
         for w in j.wrong[:1]:
             rec = w.piece.recorded
-            spans = [flow.span((rec.rank, rec.call.index))]
             if isinstance(rec.ref, TensorRef):
                 last = flow.writer(rec.rank, rec.ref, rec.call.index)[:1]
                 reader = flow.first_reader(last[0]) if last else None
-                spans.insert(0, flow.span(reader) if reader else None)
-            for s in spans:
-                if s is not None:
-                    places.setdefault((s.file, s.line), s)
-    return tuple(places.values())[:3]
+                out.append(flow.span(reader) if reader else None)
+            out.append(flow.span((rec.rank, rec.call.index)))
+    return out
 
 
 def _operands(flow: Dataflow, search: Search, node, call: OpCall) -> tuple[Operand, ...]:
@@ -145,13 +177,13 @@ def _operands(flow: Dataflow, search: Search, node, call: OpCall) -> tuple[Opera
 
 
 def _words(status: str) -> str:
-    return {"good": "agrees with the reference", "open": "no value of the reference"}.get(status, f"{status[2:]} x a value of the reference")
+    return {"good": "agrees with the reference", "open": "no value of the reference", "constant": "a constant that the reference lacks"}.get(status, f"{status[2:]} x a value of the reference")
 
 
 def witnesses(judgements: list[Judgement], most: int = 3) -> tuple[Witness, ...]:
     """Concrete elements on which the sides differ, the largest relative difference first in each output."""
     out = []
-    for j in judgements[:most]:
+    for j in [j for j in judgements if j.wrong][:most]:
         w = j.wrong[0]
         k = int((w.parallel - w.reference).abs().nan_to_num(float("inf")).argmax())
         element = int(w.piece.at[int(w.index[k])])

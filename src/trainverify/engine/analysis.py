@@ -61,9 +61,11 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
             hooks.after = check.after
         if watch is not None:
             if side == "reference":
-                watch.symbols(fld, binder.all["field"])
+                watch.begin(fld, binder.all["field"])
             hooks.value = lambda machine, m, call, k, ref, side=side: watch.value(side, machine, m, call, k, ref)
         worlds.append(replay(program, algebras, table, hooks, lambda f, side=side: progress("replay", side, f)))
+        if watch is not None and side == "reference":
+            watch.end(fld)
     comparison = Comparison(symbols, algebras, worlds[0], worlds[1])
     comparison.run()
     return Pass(fld, real, worlds[0], worlds[1], comparison)
