@@ -76,13 +76,14 @@ class Hooks:
     """What an engine wants to see while a program is replayed; every field may be None.
 
     symbol(machine, kind, name, ref) -> {algebra: flat V} | None; bind(machine, algebra, storage, dtype) -> V | None;
-    before: several of f(machine, call); after(machine, call, native results); value(machine, algebra, call, k, V) for each computed target.
+    before: several of f(machine, call), for collectives too; after: several of f(machine, call, native results);
+    value(machine, algebra, call, k, V) for each computed target.
     """
 
     symbol: Any = None
     bind: Any = None
     before: tuple = ()
-    after: Any = None
+    after: tuple = ()
     value: Any = None
 
 
@@ -155,6 +156,7 @@ class Machine:
             self._check_pending(call)
         for hook in self.hooks.before:
             hook(self, call)
+        self.native.provide(call)
         involved = self.involves(call)
         values = [self._arguments(m, call, base) for m in self.algebras] if involved and base not in EMPTY else []
         results = self.native.run(call)
@@ -165,8 +167,8 @@ class Machine:
                 self._evaluate(m, call, base, args, kwargs, results)
         elif any(t.dtype == "bool" for t in call.targets()):
             self._concrete(call)
-        if self.hooks.after:
-            self.hooks.after(self, call, results)
+        for hook in self.hooks.after:
+            hook(self, call, results)
 
     def _arguments(self, m: Algebra, call: OpCall, base: str):
         """Row arguments, loaded before the native run overwrites what in-place calls read."""

@@ -48,6 +48,8 @@ class AlgebraMemory:
         return self.m.load(self.cells[ref.storage], ref.offset, ref.size, ref.stride)
 
     def _open(self, ref: TensorRef) -> None:
+        if self.native.initial(ref.storage) is None and ref.storage in self.native.storages:
+            return self.forget(ref)           # memory that nobody wrote
         bound = self.bind(ref.storage, ref.dtype)
         if bound is None:
             storage = self.native.storage(ref.storage)

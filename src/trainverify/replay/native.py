@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, tensors
+from trainverify.ops.access import makes_garbage
+from trainverify.ops.access import unread
 from trainverify.replay.errors import ReplayError
 
 _NAMED = {"dtype": lambda v: getattr(torch, v), "layout": lambda v: getattr(torch, v),
@@ -71,6 +73,15 @@ class NativeMemory:
             return _NAMED[a.kind](a.value)
         return a
 
+    def provide(self, call: OpCall) -> None:
+        """Memory for arguments of which the call takes only the shape, or which it overwrites, and that nobody has written."""
+        skip = unread(call.name)
+        for k, a in enumerate(call.args):
+            for ref in tensors(a) if skip is None or k in skip else ():
+                if ref.storage not in self.storages and self.initial(ref.storage) is None:
+                    need = extent(ref) * dtype_of(ref.dtype).itemsize
+                    self.storages[ref.storage] = torch.UntypedStorage(max(need, self.trace.storages[ref.storage].nbytes))
+
     # ---- execution
     def run(self, call: OpCall) -> list[torch.Tensor | None]:
         """Execute `call`; the tensors of its targets afterwards."""
@@ -80,6 +91,8 @@ class NativeMemory:
             self.scalars[call.outs.id] = call.kwargs["value"]
         else:
             result = self._op(call.name)(*[self.decode(a) for a in call.args], **{k: self.decode(v) for k, v in call.kwargs.items()})
+            if makes_garbage(call.name):
+                _zero(result.untyped_storage(), 0)
             self.bind(tuple(tensors(call.outs)), _flat(result))
             if isinstance(call.outs, ScalarRef):
                 self.scalars[call.outs.id] = result
@@ -115,7 +128,15 @@ class NativeMemory:
         return got
 
     def resize(self, sid: int, nbytes: int) -> None:
+        before = self.storage(sid).nbytes()
         self.storage(sid).resize_(nbytes)
+        _zero(self.storage(sid), before)
+
+
+def _zero(storage: torch.UntypedStorage, start: int) -> None:
+    """Uninitialised bytes are zero, as they were in the capture."""
+    if storage.nbytes() > start:
+        torch.empty(0, dtype=torch.uint8).set_(storage, start, (storage.nbytes() - start,), (1,)).zero_()
 
 
 def _flat(result) -> list[torch.Tensor]:

@@ -79,7 +79,7 @@ class World:
         if machine.pending:
             machine._check_pending(call)
         if c.kind == "send":
-            self.mail[(machine.rank, c.peer, c.group, c.tag)].append(self._copies(machine, c.inputs))
+            self.mail[(machine.rank, c.peer, c.group, c.tag)].append(self._send(machine, call))
             return True
         if c.kind == "recv":
             if c.work is None:
@@ -91,7 +91,7 @@ class World:
         if me not in self.arrived:
             self.arrived.add(me)
             meeting.calls[machine.rank] = call
-            meeting.ins[machine.rank] = self._copies(machine, c.inputs)
+            meeting.ins[machine.rank] = self._send(machine, call)
         if me not in self.delivered:
             if len(meeting.calls) < len(c.group):
                 return False
@@ -99,6 +99,11 @@ class World:
         if c.work is not None:
             machine.pending[c.work] = call
         return True
+
+    def _send(self, machine: Machine, call: OpCall) -> dict[str, list]:
+        for hook in machine.hooks.before:
+            hook(machine, call)
+        return self._copies(machine, call.collective.inputs)
 
     def _copies(self, machine: Machine, refs: tuple[TensorRef, ...]) -> dict[str, list]:
         out = {"native": [machine.native.tensor(r).clone() for r in refs]}
@@ -124,8 +129,8 @@ class World:
         for r, call in zip(group, calls):
             self.delivered.add((r, call.index))
             machine = self.by_rank[r]
-            if machine.hooks.after:
-                machine.hooks.after(machine, call, [])
+            for hook in machine.hooks.after:
+                hook(machine, call, [])
 
     def _write_native(self, machine: Machine, call: OpCall, values: list) -> None:
         for ref, v in zip(call.collective.outputs, values):
@@ -153,8 +158,8 @@ class World:
         for m in self.algebras:
             if any(not isinstance(v, torch.Tensor) for v in values[m.name]):
                 self._write(machine, m, call, values[m.name])
-        if machine.hooks.after:
-            machine.hooks.after(machine, call, [])
+        for hook in machine.hooks.after:
+            hook(machine, call, [])
         return True
 
     # ---- tv.* calls
