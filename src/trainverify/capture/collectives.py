@@ -121,6 +121,8 @@ class Collectives:
         for t in (*plan.inputs, *plan.outputs):
             if t.layout is not torch.strided or t.is_meta:
                 raise PlanError(f"{plan.kind} of a {t.layout} tensor on {t.device} is not supported")
+            if t.is_conj() or t.is_neg():
+                raise PlanError(f"{plan.kind} of a lazily conjugated or negated tensor: call resolve_conj() first")
         dtypes = {t.dtype for t in (*plan.inputs, *plan.outputs)}
         if len(dtypes) > 1:
             raise PlanError(f"{plan.kind} between different dtypes: {', '.join(sorted(map(dtype_name, dtypes)))}")

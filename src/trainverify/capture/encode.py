@@ -33,6 +33,10 @@ def _all_dtypes() -> dict[torch.dtype, str]:
 _DTYPES = _all_dtypes()
 
 
+class LazyBits(Exception):
+    """A tensor whose elements are the conjugates or negatives of what its memory holds: a reference cannot say that."""
+
+
 class Encoder:
     """One rank's storages, and the encoding of everything that a call takes or returns."""
 
@@ -115,6 +119,8 @@ class Encoder:
     def tensor(self, t: torch.Tensor, made: bool) -> Arg:
         if t.layout is not torch.strided:
             return Name("opaque", f"{t.layout} tensor".removeprefix("torch."))
+        if t.is_neg() or t.is_conj():
+            raise LazyBits
         sid = self.storage(t.untyped_storage(), made)
         if not t.dtype.is_floating_point or sid in self._watched:
             if made:

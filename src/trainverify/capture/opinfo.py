@@ -23,7 +23,7 @@ _PASS = frozenset({"aten.set_", "aten.set_data", "aten.record_stream", "aten.is_
 _VIEWS = frozenset({"aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.lift"})
 _RESIZES = frozenset({"aten.resize_", "aten.resize_as_", "aten._resize_output_"})
 # Writes that schemas do not tell: op -> (positions, position of a flag that must be true).
-_HIDDEN_WRITES = {"aten.native_batch_norm": ((3, 4), 5), "aten._native_batch_norm_legit_functional": ((), None)}
+_HIDDEN_WRITES = {"aten.native_batch_norm": ((3, 4), 5), "fsdp.all_gather_copy_in": ((1,), None)}
 _NO_RANDOMNESS = ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention")
 
 

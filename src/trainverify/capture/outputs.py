@@ -65,7 +65,8 @@ class Outputs:
         self.recorder.spans.name_model(chunks)
         if self.symbols is not None:
             self.symbols.define_model(chunks)
-            self._names = optimizer_names(self.optimizers, chunks)
+            with unseen():
+                self._names = optimizer_names(self.optimizers, chunks)
             for optimizer in self.optimizers:
                 self.symbols.define_state(optimizer, self._names)
         for name, parameter in named_parameters(chunks):
@@ -101,7 +102,8 @@ class Outputs:
 
     def _first_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped.append(optimizer)
-        self._names = optimizer_names(self._stepped, self.chunks)
+        with unseen():
+            self._names = optimizer_names(self._stepped, self.chunks)
         if self.symbols is not None:
             self.symbols.define_state(optimizer, self._names)
         for parameter in _parameters(optimizer):

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from trainverify.capture import opinfo
 from trainverify.capture.collectives import Collectives
 from trainverify.capture.digest import contents, crc
-from trainverify.capture.encode import Encoder
+from trainverify.capture.encode import Encoder, LazyBits
 from trainverify.capture.opinfo import OpInfo
 from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
@@ -93,12 +93,13 @@ class Recorder(TorchDispatchMode):
                 return NotImplemented
         if _active_mode(_FAKE) is not None:    # shape propagation of DTensor: these ops are not the program's
             return func(*args, **(kwargs or {}))
-        info = self._infos.get(func)
-        if info is None:
-            info = self._infos[func] = opinfo.describe(func)
+        info = self._infos.get(func) or self._info(func)
         if info.route == opinfo.RECORD:
             return self._record(info, func, args, kwargs)
         return self._special(info, func, args, kwargs or {})
+
+    def _info(self, func) -> OpInfo:
+        return self._infos.setdefault(func, opinfo.describe(func))
 
     def _special(self, info: OpInfo, func, args, kwargs):
         route = info.route
@@ -120,7 +121,7 @@ class Recorder(TorchDispatchMode):
         if route == opinfo.ZERO:               # it has no memory; plain zeros mean the same
             kwargs.pop("pin_memory", None)
             zeros = torch.ops.aten.zeros.default
-            return self._record(self._infos.setdefault(zeros, opinfo.describe(zeros)), zeros, args, kwargs)
+            return self._record(self._info(zeros), zeros, args, kwargs)
         if route == opinfo.UNSUPPORTED:
             raise Fault(Diagnostic("CAP001", f"{info.name} cannot be recorded", span=self.spans.span(), ranks=(self.rank,),
                                    fix="Use the ordinary operators instead of this one (no compiled or symmetric-memory path)."))
@@ -129,8 +130,11 @@ class Recorder(TorchDispatchMode):
     def _record(self, info: OpInfo, func, args, kwargs):
         encoder = self.encoder
         arg = encoder.arg
-        encoded = tuple([arg(a) for a in args])
-        keywords = {k: arg(v) for k, v in kwargs.items()} if kwargs else {}
+        try:
+            encoded = tuple([arg(a) for a in args])
+            keywords = {k: arg(v) for k, v in kwargs.items()} if kwargs else {}
+        except LazyBits:
+            return self._record(info, func, *self._without_lazy_bits(info, args, kwargs or {}))
         digest_in = crc(self._read_by(info, args, kwargs))
         span = self.spans.here()
         result = func(*args, **kwargs) if kwargs else func(*args)
@@ -169,7 +173,7 @@ class Recorder(TorchDispatchMode):
             for k, a in kwargs.items():
                 if k not in info.unread_keys:
                     _collect((a,), found)
-        return [_physical(t) for t in found]
+        return found
 
     @staticmethod
     def _written(info: OpInfo, args, kwargs) -> list[torch.Tensor]:
@@ -181,9 +185,22 @@ class Recorder(TorchDispatchMode):
                 _collect((kwargs.get(name),), found)
         if info.hidden_writes and (info.hidden_if is None or args[info.hidden_if]):
             _collect([args[k] for k in info.hidden_writes], found)
-        if info.name.startswith("fsdp.all_gather_copy_in"):
-            _collect((args[1],), found)
         return found
+
+    def _without_lazy_bits(self, info: OpInfo, args, kwargs) -> tuple:
+        """The arguments with lazily conjugated or negated tensors made real, by recorded calls."""
+        if any(t.is_conj() or t.is_neg() for t in self._written(info, args, kwargs)):
+            raise Fault(Diagnostic("CAP001", f"{info.name} writes through a lazily conjugated or negated view", span=self.spans.span(), ranks=(self.rank,),
+                                   fix="Write into the tensor itself, or call resolve_conj() first."))
+        return tree_map_only(torch.Tensor, self._plain, (args, kwargs))
+
+    def _plain(self, t: torch.Tensor) -> torch.Tensor:
+        aten = torch.ops.aten
+        if t.is_conj():
+            t = self._record(self._info(aten.conj_physical.default), aten.conj_physical.default, (torch.conj(t),), None)
+        if t.is_neg():
+            t = self._record(self._info(aten.neg.default), aten.neg.default, (torch._neg_view(t),), None)
+        return t
 
     @staticmethod
     def _draws(info: OpInfo, args, kwargs) -> bool:
@@ -194,6 +211,7 @@ class Recorder(TorchDispatchMode):
 
     def _item(self, info: OpInfo, func, args):
         """A value leaves for Python: a float keeps a reference."""
+        args = (self._plain(args[0]),)
         value = func(*args)
         outs: Arg = value
         if isinstance(value, float):
@@ -207,13 +225,14 @@ class Recorder(TorchDispatchMode):
     def append(self, name: str, args: tuple[Arg, ...], *, outs: Arg = None, writes: tuple[TensorRef, ...] = (), kwargs: dict | None = None,
                reads=(), written=(), collective=None) -> OpCall:
         """Append a call; `reads` and `written` are the tensors to digest."""
-        call = OpCall(len(self.ops), name, args, kwargs or {}, outs, writes, self.spans.here(), collective, crc(map(_physical, reads)), crc(written))
+        call = OpCall(len(self.ops), name, args, kwargs or {}, outs, writes, self.spans.here(), collective, crc(reads), crc(written))
         self.ops.append(call)
         return call
 
     def emit(self, name: str, *args: Any, outs: Arg = None, writes: tuple[torch.Tensor, ...] = (), **kwargs: Any) -> OpCall:
         """Append a tv.* call of the session; tensors among the arguments are encoded and digested."""
         with unseen():
+            args = tuple([self._plain(a) if isinstance(a, torch.Tensor) else a for a in args])
             refs = tuple([self.encoder.arg(a) for a in args])
             read = [a for a in args if isinstance(a, torch.Tensor)]
             written = tuple([self.encoder.tensor(t, True) for t in writes])
@@ -250,7 +269,7 @@ class Recorder(TorchDispatchMode):
             if type(what) not in _PLAIN or (how in _MEMORY_ACCESS and not _called_by_user()):
                 return
             with unseen():
-                what = self.encoder.arg(what)
+                what = self.encoder.arg(self._plain(what))
         self.append("tv.escape", (how, what))
 
 
@@ -268,10 +287,6 @@ def _collect(a, found: list[torch.Tensor]) -> None:
             found.append(x)
         elif isinstance(x, (list, tuple)):
             _collect(x, found)
-
-
-def _physical(t: torch.Tensor) -> torch.Tensor:
-    return t
 
 
 def _targets(result, outs: Arg, written: list[torch.Tensor], writes: tuple[TensorRef, ...]) -> list[torch.Tensor]:
