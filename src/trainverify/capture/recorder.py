@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
         self.blobs = self.encoder.blobs
         self.collectives = Collectives(self, channel)
         self._infos: dict[Any, OpInfo] = {}
-        self._scalars = 0
+        self.scalar_values: list[float] = []
         self._noted: set[tuple[str, int, str]] = set()
 
     # ---- life
@@ -215,7 +215,7 @@ class Recorder(TorchDispatchMode):
         value = func(*args)
         outs: Arg = value
         if isinstance(value, float):
-            outs = self.last_item = self._new_scalar()
+            outs = self.last_item = self._new_scalar(value)
         elif isinstance(value, complex):
             outs = Name("complex", repr(value))
         self.append(info.name, (self.encoder.arg(args[0]),), outs=outs, reads=args)
@@ -252,12 +252,12 @@ class Recorder(TorchDispatchMode):
             self.notes.append(Note(code, span, text))
 
     # ---- the sink of tracked scalars
-    def _new_scalar(self) -> ScalarRef:
-        self._scalars += 1
-        return ScalarRef(self._scalars - 1)
+    def _new_scalar(self, value: float) -> ScalarRef:
+        self.scalar_values.append(float.__pos__(value))
+        return ScalarRef(len(self.scalar_values) - 1)
 
     def scalar(self, op: str, args: tuple, value: float) -> ScalarRef:
-        ref = self._new_scalar()
+        ref = self._new_scalar(value)
         self.append(f"tv.scalar.{op}", tuple(args), outs=ref, kwargs={"value": float.__pos__(value)})
         return ref
 

@@ -10,12 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,6 +25,7 @@ from trainverify.capture.groups import process_groups
 from trainverify.capture.model import chunks_of
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.outputs import Outputs
+from trainverify.capture.provenance import SCALARS, mark_changes, something_leaves, tag_table
 from trainverify.capture.recorder import Recorder
 from trainverify.capture.ring_attention import ring_attention
 from trainverify.capture.scalars import ScalarMode
@@ -34,7 +36,7 @@ from trainverify.capture.tags import Tagger
 from trainverify.capture.userframes import call_through
 from trainverify.capture.world import Rank, run_world
 from trainverify.diagnostics import Diagnostic, Fault
-from trainverify.ir.files import load_program, save_rank, write_index
+from trainverify.ir.files import load_program, save_program, save_rank, write_index
 from trainverify.ir.trace import Group, Program
 
 _decode_handed = msgspec.msgpack.Decoder(Handed).decode
@@ -100,6 +102,12 @@ class Captured:
     diagnostics: list[Diagnostic] = field(default_factory=list)
     peak_memory: int = 0
 
+    def add(self, name: str, side: SideCapture) -> None:
+        setattr(self, name, side.program)
+        self.diagnostics += side.diagnostics
+        self.peak_memory = max(self.peak_memory, side.stats.memory)
+        self.phases.append(Phase(f"capture {name}", side.seconds, f"{side.stats.ops:,} calls"))
+
 
 class _Result(msgspec.Struct):
     """What a rank sends back besides its files."""
@@ -113,22 +121,50 @@ class _Result(msgspec.Struct):
 # ---- in the parent
 
 def capture(spec: Spec, options: Any = CaptureOptions(), progress: Callable | None = None) -> Captured:
-    """Capture the reference, then the parallel program. `options`: CaptureOptions, or anything with its fields' names."""
+    """Capture the reference, then the parallel program; once more with other values of the symbols if floats leave tensors.
+
+    `options`: CaptureOptions, or anything with its fields' names.
+    """
     case = spec.case(dict(options.case))
-    done = Captured(ranks=spec.world_size(options.ranks, case), case=case)
+    options = CaptureOptions(options.steps, options.seed, options.timeout, options.workdir, spec.world_size(options.ranks, case), case,
+                             getattr(options, "second_run", None))
     with _folder(options.workdir) as folder:
-        for capture_side in (lambda: capture_reference(spec, options, folder, progress),
-                             lambda: capture_parallel(spec, reference, case, options, folder, progress)):
-            side = capture_side()
-            done.diagnostics += side.diagnostics
-            done.peak_memory = max(done.peak_memory, side.stats.memory)
-            name = "reference" if isinstance(side, ReferenceCapture) else "parallel"
-            done.phases.append(Phase(f"capture {name}", side.seconds, f"{side.stats.ops:,} calls"))
-            setattr(done, name, side.program)
-            if side.program is None:
-                return done
-            reference = side
+        done = _capture_both(spec, options, folder, progress)
+        if done.parallel is not None and options.second_run is not False:
+            _look_for_changes(spec, options, folder, progress, done)
     return done
+
+
+def _capture_both(spec: Spec, options: CaptureOptions, folder: Path, progress: Callable | None) -> Captured:
+    done = Captured(ranks=options.ranks, case=options.case)
+    reference = capture_reference(spec, options, folder, progress)
+    done.add("reference", reference)
+    if reference.program is not None:
+        done.add("parallel", capture_parallel(spec, reference, options.case, options, folder, progress))
+    return done
+
+
+def _look_for_changes(spec: Spec, options: CaptureOptions, folder: Path, progress: Callable | None, done: Captured) -> None:
+    """Values that leave tensors may come back untracked: a second capture with other values of the symbols shows them."""
+    started = time.perf_counter()
+    table = tag_table(done.reference)
+    if not options.second_run and not any(something_leaves(p, table) for p in (done.reference, done.parallel)):
+        return
+    with tempfile.TemporaryDirectory(prefix="trainverify-", dir=folder) as again:
+        told = (lambda phase, detail="", fraction=None: progress("capture again", detail, fraction)) if progress else None
+        second = _capture_both(spec, replace(options, seed=options.seed + 1), Path(again), told)
+    if second.parallel is None:
+        done.diagnostics += second.diagnostics
+        done.reference = done.parallel = None
+        return
+    found = 0
+    for side in ("reference", "parallel"):
+        program = getattr(done, side)
+        changes = mark_changes(program, getattr(second, side), table, tag_table(second.reference))
+        if changes:
+            save_program(program, folder / side)
+        found += changes
+    done.phases.append(Phase("capture again", time.perf_counter() - started, f"other values; {found} untracked" if found else "other values"))
 
 
 def capture_reference(spec: Spec, options: Any, folder: Path | None = None, progress: Callable | None = None) -> ReferenceCapture:
@@ -233,6 +269,7 @@ class _Session:
     def save(self, handed: bytes = b"") -> bytes:
         meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case))}
         trace = self.recorder.trace(groups=_groups(), steps=self.options.steps, meta=meta)
+        self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
         result = _Result(len(trace.ops), time.process_time(), _pss(), handed)
         save_rank(self.base / trace.side, trace, self.recorder.blobs)
         return msgspec.msgpack.encode(result)
