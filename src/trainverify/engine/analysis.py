@@ -16,6 +16,7 @@ from trainverify.relate.compare import Comparison
 from trainverify.relate.decisions import match_decisions
 from trainverify.relate.symbols import Binder, Symbols
 from trainverify.replay.conform import Conformance
+from trainverify.replay.digests import Digests
 from trainverify.replay.machine import Hooks
 from trainverify.replay.run import World, replay
 from trainverify.report.model import Phase
@@ -47,8 +48,10 @@ class Analysis:
 
 
 def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
-                progress: Callable, check: Conformance | None = None, facts: dict[str, Facts] | None = None, watch=None) -> Pass:
-    """One pass. `check` looks for rows that disagree with torch, `facts` (per side) for weaknesses of the input; `watch` sees values."""
+                progress: Callable, check: Conformance | None = None, facts: dict[str, Facts] | None = None,
+                digests: dict[str, Digests] | None = None, watch=None) -> Pass:
+    """One pass. `check` looks for rows that disagree with torch, `facts` (per side) for weaknesses of the input, `digests` (per side)
+    for hidden writes; `watch` sees values."""
     fld, real = Field(seed), Real(symbols.real_values)
     algebras = [fld, real]
     worlds = []
@@ -57,8 +60,9 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
         binder = Binder(symbols, algebras)
         hooks = Hooks(symbol=binder.symbol, bind=binder.bind)
         if check is not None:
-            hooks.before = (check.before, facts[side].before)
-            hooks.after = check.after
+            hooks.before = (check.before, facts[side].before, digests[side].before)
+            hooks.after = (check.after, digests[side].after)
+            hooks.waited = (digests[side].waited,)
         if watch is not None:
             if side == "reference":
                 watch.begin(fld, binder.all["field"])
@@ -88,13 +92,15 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     symbols = Symbols(reference)
     check = Conformance(table)
     facts = {"reference": Facts(), "parallel": Facts()}
-    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, check, facts)
+    digests = {"reference": Digests(), "parallel": Digests()}
+    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, check, facts, digests)
     lap("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines)} ops")
     second = None
     if any(p.wrong("field") or p.undefined() for c in first.comparison.compared.values() for p in c.pieces):
         second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress, watch=watch)
         lap("second seed")
-    diagnostics = [*check.diagnostics, *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
+    diagnostics = [*check.diagnostics, *_once(d for side in digests.values() for d in side.diagnostics),
+                   *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
     unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     diagnostics += unmatched
     judgements = judge(first, second, diagnostics)

@@ -77,13 +77,14 @@ class Hooks:
 
     symbol(machine, kind, name, ref) -> {algebra: flat V} | None; bind(machine, algebra, storage, dtype) -> V | None;
     before: several of f(machine, call), for collectives too; after: several of f(machine, call, native results);
-    value(machine, algebra, call, k, V) for each computed target.
+    waited: several of f(machine, tv.wait call); value(machine, algebra, call, k, V) for each computed target.
     """
 
     symbol: Any = None
     bind: Any = None
     before: tuple = ()
     after: tuple = ()
+    waited: tuple = ()
     value: Any = None
 
 

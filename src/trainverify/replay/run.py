@@ -168,6 +168,8 @@ class World:
         if op is not None and op.collective.kind == "recv" and not self._receive(machine, op):
             return False
         machine.pending.pop(call.args[0], None)
+        for hook in machine.hooks.waited:
+            hook(machine, call)
         return True
 
     def _symbol(self, machine: Machine, call: OpCall) -> bool:
@@ -231,13 +233,16 @@ class World:
                 mem.forget(TensorRef(sid, 0, (0,), (1,), mem.dtypes[sid]))
         return True
 
-    def _nothing(self, machine: Machine, call: OpCall) -> bool:
+    def _told(self, machine: Machine, call: OpCall) -> bool:
+        """Nothing happens in memory; who follows data wants to know."""
+        for hook in machine.hooks.before:
+            hook(machine, call)
         return True
 
 
 PSEUDO = {"tv.wait": World._wait, "tv.symbol": World._symbol, "tv.param": World._parameter, "tv.stepped": World._parameter,
           "tv.output": World._output, "tv.step": World._step, "tv.decision": World._decision, "tv.resize": World._resize,
-          "tv.escape": World._nothing}
+          "tv.escape": World._told, "tv.data": World._told}
 
 
 def replay(program: Program, algebras: list[Algebra], table: OpTable, hooks: Hooks | None = None, progress=None) -> World:

@@ -1,0 +1,155 @@
+"""Memory that changes outside recorded operations, or is read between the issue of a collective and its wait."""
+import torch
+import torch.distributed as dist
+
+from judge import assert_equal, assert_not_equal, assert_refuted, assert_unknown, codes, line_of, summary
+from programs import compare, compare_forward, forward
+
+
+def product(h):
+    return h * h.detach()
+
+
+def test_hidden_write_into_a_buffer():
+    def wrong(h):
+        buffer = torch.zeros(5, 6)
+        buffer.add_(h.detach())
+        buffer.numpy()[:] *= 2
+        return h * buffer
+
+    report = compare_forward(product, wrong)
+    assert_not_equal(report)
+    assert "CONF002" in codes(report), summary(report)
+
+
+def test_hidden_write_into_a_result():
+    def wrong(h):
+        copy = h.detach() * 1
+        copy.numpy()[:] *= 3
+        return h * copy
+
+    report = compare_forward(product, wrong)
+    assert_not_equal(report)
+    assert "CONF002" in codes(report), summary(report)
+
+
+def test_hidden_write_on_both_sides():
+    def hidden(h):
+        copy = h.detach() * 1
+        copy.numpy()[:] *= 3
+        return h * copy
+    assert_not_equal(compare_forward(hidden, hidden))
+
+
+def test_round_trip_through_numpy_is_not_seen_as_equal():
+    def through(h):
+        return h * torch.from_numpy(h.detach().numpy() * 1.0)
+    assert_not_equal(compare_forward(through, through), "loss")
+    assert_not_equal(compare_forward(product, through), "loss")
+
+
+def test_reading_by_numpy_does_no_harm():
+    def logged(h):
+        assert h.detach().numpy().max() < 1e6
+        return h * h.detach()
+    assert_equal(compare_forward(product, logged))
+
+
+# -- asynchronous collectives
+
+def double(h):
+    return h * 2.0
+
+
+def summed_twice(wait):
+    """h / 2 summed over 2 ranks, times 2."""
+    def f(h):
+        half = h.detach() / 2
+        work = dist.all_reduce(half, async_op=True)
+        if wait:
+            work.wait()
+        out = half * 2
+        work.wait()
+        return h * 0 + out
+    return f
+
+
+def test_result_is_used_after_its_wait():
+    def right(h):
+        return h * 0 + h.detach() * 2
+    assert_equal(compare(forward(right), forward(summed_twice(True)), ranks=2))
+
+
+def test_result_is_used_before_its_wait():
+    def right(h):
+        return h * 0 + h.detach() * 2
+
+    f = summed_twice(False)
+    assert_unknown(compare(forward(right), forward(f), ranks=2), "REL007", line_of(f, "out = half"))
+
+
+def test_result_that_nobody_waits_for():
+    def right(h):
+        return h * 0 + h.detach() * 2
+
+    def wrong(h):
+        half = h.detach() / 2
+        dist.all_reduce(half, async_op=True)
+        return h * 0 + half * 2
+
+    assert_unknown(compare(forward(right), forward(wrong), ranks=2), "REL007", line_of(wrong, "half * 2"))
+
+
+def test_input_is_overwritten_before_the_wait():
+    def right(h):
+        return h * 0 + torch.cat([h.detach()] * 2)[:5]
+
+    def wrong(h):
+        mine, all_ = h.detach() * 1, h.new_empty(10, 6)
+        work = dist.all_gather_into_tensor(all_, mine, async_op=True)
+        mine.zero_()
+        work.wait()
+        return h * 0 + all_[:5]
+
+    assert_unknown(compare(forward(right), forward(wrong), ranks=2), "REL007", line_of(wrong, "zero_"))
+
+
+def received(early):
+    """Rank 0's rows, sent to rank 1."""
+    def f(h):
+        if dist.get_rank() == 0:
+            dist.isend(h.detach().contiguous(), 1).wait()
+            return h * h.detach()
+        box = torch.zeros(5, 6)
+        work = dist.irecv(box, 0)
+        if early:
+            taken = box * 1
+            work.wait()
+            return h * taken
+        work.wait()
+        return h * box
+    return f
+
+
+def test_receive():
+    assert_equal(compare(forward(product), forward(received(False)), ranks=2))
+
+
+def test_receive_that_is_read_too_early():
+    f = received(True)
+    report = compare(forward(product), forward(f), ranks=2)
+    assert_not_equal(report)
+    assert "REL007" in codes(report), summary(report)
+    assert line_of(f, "taken = box") in {d.span.line for d in report.diagnostics if d.code == "REL007"}, summary(report)
+
+
+def test_reduction_with_the_wrong_op():
+    def right(h):
+        return h * 0 + h.detach()
+
+    def wrong(h):
+        total = h.detach() * 1
+        dist.all_reduce(total)
+        return h * 0 + total
+
+    assert_refuted(compare(forward(right), forward(wrong), ranks=2), line_of(wrong, "all_reduce"))
