@@ -13,6 +13,9 @@ import numpy as np
 _CHECK_BITS = 6
 _CHECK_MASK = (1 << _CHECK_BITS) - 1
 _ROUNDS = 40
+_NARROW_ZEROS = 13                            # low bits of an fp32 number that a 16 bit float leaves zero
+_NARROW_LIMIT = 1024                          # more elements than that cannot be distinct near each other
+_LARGEST = 1e38
 WIDE, NARROW = ("float32", "float64"), ("bfloat16", "float16")
 
 
@@ -29,21 +32,35 @@ class Tagger:
 
     def __init__(self, seed: int):
         self._random = np.random.default_rng([seed, 0x7A6])
-        self._used = np.empty(0, dtype=np.uint32)
+        self._wide = np.zeros(1 << (32 - _CHECK_BITS), dtype=bool)      # which numbers were given, by their bits above the checksum
+        self._narrow = np.zeros(1 << (32 - _NARROW_ZEROS), dtype=bool)  # ... by the bits that a 16 bit float has
 
     def tag(self, initial: np.ndarray, dtype: str, positive: bool = False) -> Tags:
         """Tags for a flat fp32 array of initial values of a tensor of `dtype`. positive: no tag is negative."""
-        make = _checksummed if dtype in WIDE else _NARROW[dtype]
         base = np.nan_to_num(initial.astype(np.float64), nan=0.0, posinf=1.0, neginf=-1.0)
+        if dtype in WIDE:
+            return Tags(self._apart(self._near(base, positive, 1.0).astype(np.float32)), True)
+        make = _NARROW[dtype]
         values = make(self._near(base, positive, 1.0)).astype(np.float32)
-        for round_ in range(1, _ROUNDS):
-            again = self._clashes(values)
-            if not again.any():
+        again = self._clashes(values, np.arange(values.size))
+        for round_ in range(1, _ROUNDS if values.size <= _NARROW_LIMIT else 1):
+            if not again.size:
                 break
             values[again] = make(self._near(base[again], positive, 1.0 + 0.25 * round_))
-        clashes = self._clashes(values)
-        self._used = np.union1d(self._used, values[~clashes].view(np.uint32))
-        return Tags(values, not clashes.any())
+            again = self._clashes(values, again)
+        return Tags(values, not again.size)
+
+    def _apart(self, values: np.ndarray) -> np.ndarray:
+        """Each value, or where that is taken the next larger one (in magnitude) that is free."""
+        head = values.view(np.uint32).astype(np.int64) >> _CHECK_BITS
+        pending = _taken(self._wide, head, np.arange(head.size))
+        for sign in (0, 1):
+            mine = pending[head[pending] >> (31 - _CHECK_BITS) == sign]
+            mine = mine[np.argsort(head[mine], kind="stable")]
+            if mine.size:
+                head[mine] = _free(self._wide, head[mine], sign)
+                self._wide[head[mine]] = True
+        return _checksummed(head)
 
     def _near(self, base: np.ndarray, positive: bool, spread: float) -> np.ndarray:
         """Perturbed values: a tenth of the magnitude, and never near 0, where a wrong factor would not show."""
@@ -54,19 +71,40 @@ class Tagger:
         moved = base + spread * 0.1 * noise * np.maximum(np.abs(base), 0.2 * typical)
         small = np.abs(moved) < 0.05 * typical
         moved = np.where(small, sign * typical * self._random.uniform(0.05, 0.3, base.shape) * spread, moved)
+        moved = np.clip(moved, -_LARGEST, _LARGEST)
         return np.abs(moved) if positive else moved
 
-    def _clashes(self, values: np.ndarray) -> np.ndarray:
-        """Where a value was given before, or stands earlier in the array."""
-        bits = values.view(np.uint32)
-        first = np.zeros(bits.shape, dtype=bool)
-        first[np.unique(bits, return_index=True)[1]] = True
-        return ~first | np.isin(bits, self._used)
+    def _clashes(self, values: np.ndarray, among: np.ndarray) -> np.ndarray:
+        """Which of these elements have a value that was given before, or stands earlier among them; the others now have theirs."""
+        return _taken(self._narrow, values.view(np.uint32) >> _NARROW_ZEROS, among)
 
 
-def _checksummed(x: np.ndarray) -> np.ndarray:
-    bits = x.astype(np.float32).view(np.uint32)
-    head = bits >> _CHECK_BITS
+def _taken(given: np.ndarray, slot: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Which elements' slots were given before, or are those of earlier elements; the other slots are given now."""
+    free = among[~given[slot[among]]]
+    free = free[np.unique(slot[free], return_index=True)[1]]
+    given[slot[free]] = True
+    return np.setdiff1d(among, free, assume_unique=True)
+
+
+def _free(given: np.ndarray, heads: np.ndarray, sign: int) -> np.ndarray:
+    """For ascending heads of one sign: distinct ones that nobody has, each at or above its own."""
+    end = (sign << (31 - _CHECK_BITS)) + (0x7F800000 >> _CHECK_BITS)    # infinity
+    reach = heads.size
+    while True:
+        free = heads[0] + np.flatnonzero(~given[heads[0]:min(heads[-1] + reach, end)])
+        order = np.arange(heads.size)
+        at = order + np.maximum.accumulate(np.searchsorted(free, heads) - order)
+        if at[-1] < free.size:
+            return free[at]
+        if heads[-1] + reach >= end:
+            raise OverflowError("more symbols of one sign than fp32 numbers")
+        reach *= 2
+
+
+def _checksummed(head: np.ndarray) -> np.ndarray:
+    """The fp32 numbers with these bits above the checksum."""
+    head = head.astype(np.uint32)
     return ((head << _CHECK_BITS) | _check(head)).astype(np.uint32).view(np.float32)
 
 

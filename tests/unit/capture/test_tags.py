@@ -66,3 +66,12 @@ def test_table_decodes():
 def test_a_value_of_two_symbols_is_nobodys():
     table = TagTable([("a", np.float32([1.5, 2.5])), ("b", np.float32([2.5]))])
     assert table.decode(np.float32([1.5, 2.5])).tolist() == [0, -1]
+
+
+def test_crowded_tags_stay_near():
+    tagger = Tagger(0)
+    initial = np.random.default_rng(0).normal(0, 0.02, 600_000).astype(np.float32)
+    tags = [tagger.tag(part, "float32") for part in np.split(initial, 3)]
+    every = np.concatenate([t.values for t in tags])
+    assert all(t.distinct for t in tags) and np.unique(every).size == every.size and is_checksummed(every).all()
+    assert np.corrcoef(every, initial)[0, 1] > 0.9 and (tagger.tag(np.full(3, 3e38, np.float32), "float32").values < 3e38).all()
