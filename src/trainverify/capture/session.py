@@ -31,7 +31,7 @@ from trainverify.capture.ring_attention import ring_attention
 from trainverify.capture.scalars import ScalarMode
 from trainverify.capture.shim import cuda_shim
 from trainverify.capture.spec import Spec
-from trainverify.capture.symbols import Handed, Symbols
+from trainverify.capture.symbols import Handed, Symbols, announce_batch
 from trainverify.capture.tags import Tagger
 from trainverify.capture.userframes import call_through
 from trainverify.capture.world import Rank, run_world
@@ -283,6 +283,7 @@ def _reference_child(spec: Spec, options: Any, base: Path, rank: Rank) -> bytes:
             chunks = chunks_of(training.model, "reference()")
             session.outputs.begin(chunks)
             session.symbols.define_batch(training.batch)
+            announce_batch(session.recorder, training.batch)
         handed = msgspec.msgpack.encode(session.symbols.hand_over(chunks, training.batch))
         _write_checkpoint(training, chunks, base / "checkpoint")
         with session.recording():
@@ -298,6 +299,7 @@ def _parallel_child(spec: Spec, handed: Handed, checkpoint: Path, case: dict[str
             if given.symbol:
                 plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
                 session.recorder.emit("tv.symbol", given.kind, given.symbol, plain)
+        announce_batch(session.recorder, batch)
         with session.recording():
             training = session.training(spec.parallel, (Reference(weights, batch, checkpoint),), case)
             session.outputs.begin(chunks_of(training.model, "parallel()"))
@@ -339,13 +341,13 @@ def _save_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
 
 
 def _groups() -> list[Group]:
-    """All process groups of this rank, with the mesh axes that they belong to."""
+    """All process groups of this rank, with the mesh axes that they belong to (the shortest name where several meshes share a group)."""
     from torch.distributed.device_mesh import DeviceMesh
 
     axes: dict[str, str] = {}
     for mesh in (o for o in gc.get_objects() if isinstance(o, DeviceMesh)):
         for axis, name in zip(mesh.mesh_dim_names or (), getattr(mesh, "_dim_group_names", ())):
-            axes.setdefault(name, axis)
+            axes[name] = min(axes.get(name, axis), axis, key=lambda a: (len(a), a))
     world = dist.distributed_c10d._world
     return [Group(pg.group_name, tuple(dist.get_process_group_ranks(pg)), axes.get(pg.group_name, "")) for pg in world.pg_map]
 

@@ -158,6 +158,13 @@ class Symbols:
             raise Fault(Diagnostic("SPEC009", f"Training.batch has a container that cannot be handed over: {e}", fix="Use dicts, lists and tuples.")) from e
 
 
+def announce_batch(recorder: Recorder, batch: Any) -> None:
+    """Say which memory holds which tensor of the batch, so that every sample can be followed to where it is read."""
+    for path, leaf in pytree.tree_leaves_with_path(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            recorder.emit("tv.data", "batch" + pytree.keystr(path), leaf.detach())
+
+
 def _is_mask(tensor: torch.Tensor) -> bool:
     with unseen():
         return bool(((tensor == 0) | (tensor == 1)).all())

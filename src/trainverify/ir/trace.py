@@ -8,6 +8,8 @@ an op call too, in the namespace `tv`, at its place in the order:
 tv.symbol(kind, name, ref)        from here on `ref` holds the symbols `name` in contiguous element order; kind is weight, buffer, batch
                                   or state. Reference: writes=(ref,), the tagged values are blob `symbol.<name>`. Parallel: a tensor
                                   that was handed over by us (ref.weights, ref.batch), bound by identity.
+tv.data(name, ref)                `ref` holds the tensor `name` of the reference's batch, of any dtype; both sides. The first
+                                  dimension counts samples
 tv.param(name, ref)               a model parameter or buffer of Training.model when parallel() or reference() returned
 tv.stepped(name, ref)             a tensor that an optimizer steps, before its first step; name is the parameter's where known
 tv.step(n)                        step n (from 1) begins
