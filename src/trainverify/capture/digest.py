@@ -21,7 +21,9 @@ def crc(tensors: Iterable[torch.Tensor]) -> int:
         if n and not t.is_meta:
             if not t.is_contiguous():
                 t = t.contiguous()
-            value = _crc32((_byte * n).from_address(t.data_ptr()), value)
+            address = t.data_ptr()
+            if address:                        # the memory may have been given back (FSDP)
+                value = _crc32((_byte * n).from_address(address), value)
     return value
 
 

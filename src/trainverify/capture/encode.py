@@ -33,6 +33,10 @@ def _all_dtypes() -> dict[torch.dtype, str]:
 _DTYPES = _all_dtypes()
 
 
+class NotStrided(Exception):
+    """A sparse or otherwise laid out tensor: a reference cannot say that."""
+
+
 class LazyBits(Exception):
     """A tensor whose elements are the conjugates or negatives of what its memory holds: a reference cannot say that."""
 
@@ -118,7 +122,7 @@ class Encoder:
     # ---- values
     def tensor(self, t: torch.Tensor, made: bool) -> Arg:
         if t.layout is not torch.strided:
-            return Name("opaque", f"{t.layout} tensor".removeprefix("torch."))
+            raise NotStrided(str(t.layout).removeprefix("torch."))
         if t.is_neg() or t.is_conj():
             raise LazyBits
         sid = self.storage(t.untyped_storage(), made)

@@ -112,9 +112,6 @@ class Outputs:
     def _read_gradients(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         for parameter in _parameters(optimizer):
             gradient = parameter.grad
-            if gradient is not None and gradient.layout is not torch.strided:
-                raise Fault(Diagnostic("CAP003", f"the gradient of {self._names[id(parameter)]} is a {gradient.layout} tensor", span=self.recorder.spans.span(),
-                                       ranks=(self.recorder.rank,), fix="Use dense gradients (Embedding(sparse=False))."))
             self._emit("gradient", self._names[id(parameter)], None if gradient is None else self._local(gradient))
 
     # ---- after a step

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from trainverify.capture import opinfo
 from trainverify.capture.collectives import Collectives
 from trainverify.capture.digest import contents, crc
-from trainverify.capture.encode import Encoder, LazyBits
+from trainverify.capture.encode import Encoder, LazyBits, NotStrided
 from trainverify.capture.opinfo import OpInfo
 from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
@@ -85,7 +85,11 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # Function modes see the program's calls, not ours.
         with torch._C.DisableTorchFunction():
-            return self._dispatch(func, types, args, kwargs)
+            try:
+                return self._dispatch(func, types, args, kwargs)
+            except NotStrided as e:
+                raise Fault(Diagnostic("CAP003", f"{func} works on a {e} tensor", span=self.spans.span(), ranks=(self.rank,),
+                                       fix="Use dense tensors (Embedding(sparse=False)).")) from e
 
     def _dispatch(self, func, types, args, kwargs):
         if types and any(t not in _PLAIN for t in types):

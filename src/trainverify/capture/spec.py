@@ -140,6 +140,7 @@ def _spec(path: str, file: str, names: dict[str, Any]) -> Spec:
             kind = "no" if names.get(name) is None else f"a {type(names[name]).__name__} in place of"
             raise Fault(Diagnostic("SPEC003", f"{file or 'the spec'} defines {kind} {what}", span=Span(file, 1, "<module>", phase="setup") if file else None,
                                    fix="Define reference() -> tv.Training and parallel(ref, **case) -> tv.Training."))
+        _takes(names[name], file, what, *(() if name == "reference" else ("ref",)))
     cases = names.get("CASES") or ()
     if isinstance(cases, dict):
         cases = tuple(cases.values())
@@ -152,6 +153,18 @@ def _spec(path: str, file: str, names: dict[str, Any]) -> Spec:
         raise Fault(Diagnostic("SPEC004", f"OPS holds {wrong[0]!r}, which is no OpRow", span=Span(file, 1, "<module>", phase="setup"),
                                fix="Fill OPS with trainverify.ops.table.OpRow values."))
     return Spec(path, names["reference"], names["parallel"], names.get("RANKS"), tuple(cases), tuple(ops))
+
+
+def _takes(function: Callable, file: str, what: str, *given: str) -> None:
+    """Whether a function of the spec can be called as it will be (parallel's own case arguments aside)."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variable = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    unfilled = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if (len(positional) < len(given) and not variable) or (not given and unfilled):
+        line = getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
+        raise Fault(Diagnostic("SPEC003", f"{function.__name__}{inspect.signature(function)} cannot be called as {what}",
+                               span=Span(file, line, function.__name__, phase="setup"), fix=f"Define it as {what}."))
 
 
 def _case_parameters(parallel: Callable) -> dict[str, inspect.Parameter]:

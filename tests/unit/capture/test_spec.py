@@ -55,7 +55,8 @@ def test_syntax_error_shows_the_line(write):
     assert d.code == "SPEC002" and d.span.line == 2
 
 
-@pytest.mark.parametrize("text", ["def parallel(ref): pass\n", "reference = 3\ndef parallel(ref): pass\n", "def reference(): pass\n"])
+@pytest.mark.parametrize("text", ["def parallel(ref): pass\n", "reference = 3\ndef parallel(ref): pass\n", "def reference(): pass\n",
+                                  "def reference(x): pass\ndef parallel(ref): pass\n", "def reference(): pass\ndef parallel(): pass\n"])
 def test_functions_are_missing(write, text):
     assert fault(load_spec, write(text)).code == "SPEC003"
 
