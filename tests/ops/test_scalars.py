@@ -18,6 +18,7 @@ FLOATS = st.floats(-50, 50, allow_nan=False).map(lambda x: round(x, 3))
 BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "floordiv": operator.floordiv,
           "mod": operator.mod, "pow": operator.pow, "min": min, "max": max}
 UNARY = {"neg": operator.neg, "pos": operator.pos, "abs": abs, "float": float, "round": round}
+FUNCTIONS = {"sqrt": math.sqrt, "exp": math.exp, "log": math.log, "sin": math.sin, "cos": math.cos, "tanh": math.tanh}
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
@@ -49,6 +50,13 @@ def test_unary_operators(name, a):
     assert run(name, Real().const(a)) == UNARY[name](a)
 
 
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@QUICK
+@given(a=st.floats(0.01, 50))
+def test_functions_of_the_math_module(name, a):
+    assert math.isclose(run(name, Real().const(a)), FUNCTIONS[name](a), rel_tol=1e-9, abs_tol=1e-9)
+
+
 def test_rounding_to_digits():
     assert math.isclose(run("round", Real().const(2.34567), 3), 2.346) and math.isclose(run("round", Real().const(1234.0), -2), 1200)
 
@@ -69,4 +77,4 @@ def test_item_of_an_integer_tensor():
 
 def test_names_have_no_overload():
     assert TABLE.lookup("tv.scalar.add").row.name == "tv.scalar.add" and TABLE.lookup("tv.scalar.unknown") is None
-    assert {r.name.rsplit(".", 1)[1] for r in scalars.rows.items} == {*BINARY, *UNARY, "item"}
+    assert {r.name.rsplit(".", 1)[1] for r in scalars.rows.items} == {*BINARY, *UNARY, *FUNCTIONS, "item"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from functools import reduce
 
+from trainverify.ops.activation import tanh_of
 from trainverify.ops.lift import lift, number
 from trainverify.ops.table import Rows
 
@@ -91,6 +92,42 @@ def minimum(m, *values):
 def maximum(m, *values):
     """The greatest of the values."""
     return reduce(m.maximum, [scalar(m, v) for v in values])
+
+
+@rows("tv.scalar.sqrt", source="math.sqrt")
+def square_root(m, a):
+    """The square root of a"""
+    return m.sqrt(scalar(m, a))
+
+
+@rows("tv.scalar.exp", source="math.exp")
+def exponential(m, a):
+    """e ** a"""
+    return m.exp(scalar(m, a))
+
+
+@rows("tv.scalar.log", source="math.log")
+def logarithm(m, a):
+    """The natural logarithm of a"""
+    return m.log(scalar(m, a))
+
+
+@rows("tv.scalar.sin", source="math.sin")
+def sine(m, a):
+    """sin a"""
+    return m.sin(scalar(m, a))
+
+
+@rows("tv.scalar.cos", source="math.cos")
+def cosine(m, a):
+    """cos a"""
+    return m.cos(scalar(m, a))
+
+
+@rows("tv.scalar.tanh", source="math.tanh")
+def hyperbolic_tangent(m, a):
+    """tanh a, as torch's"""
+    return tanh_of(m, scalar(m, a))
 
 
 @rows("tv.scalar.round", source="Python round")
