@@ -15,7 +15,8 @@ from ring_attention import RANKS, reference
 
 EXPECT = {"verdict": "REFUTED", "file": "ring_attention.py",
           "line": "scores = q @ k.mT * q.shape[-1] ** -0.5",
-          "also": [("ring_attention.py", "new_top = torch.maximum(top, largest)"),
+          "also": [("ring_attention.py", "largest = scores.amax(-1, keepdim=True)"),
+                   ("ring_attention.py", "new_top = torch.maximum(top, largest)"),
                    ("ring_attention.py", "shrink, weights = (top - new_top).exp(), (scores - new_top).exp()"),
                    ("ring_attention.py", "out = out * shrink + weights @ kv[1]"),
                    ("ring_attention.py", "out = out / total"),

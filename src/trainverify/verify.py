@@ -107,17 +107,20 @@ def rerun_line(report: Report) -> str:
 def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
     from trainverify.diagnose.explain import explain
     from trainverify.diagnose.origin import Watch
-    from trainverify.engine.analysis import analyse
-    from trainverify.engine.build import fill
+    from trainverify.engine.analysis import analyse, survey
+    from trainverify.engine.build import fill, fill_survey
     from trainverify.engine.weak import weak_spec
 
+    groups = {g.ranks: g.axis for t in parallel.traces for g in t.groups if len(g.ranks) > 1}
+    if options.dry_run:
+        return fill_survey(report, survey(reference, parallel, extra_rows=extra_rows, progress=progress), parallel, groups)
     watch = Watch()
     analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, progress=progress, watch=watch)
-    groups = {g.ranks: g.axis for t in parallel.traces for g in t.groups if len(g.ranks) > 1}
     findings, explained = [], {}
     if analysis.second is not None:
         clock = time.perf_counter()
-        findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups)
+        early = [d for d in analysis.diagnostics if d.code == "REL007"]
+        findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups, early)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
     fill(report, analysis, parallel, groups, findings, explained)
     report.warnings = weak_spec(analysis, parallel, groups, options.steps)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -28,17 +29,19 @@ MESSAGES = {
 
 
 def explain(program: Program, watched, watch: Watch, judgements: list[Judgement],
-            groups: dict[tuple[int, ...], str]) -> tuple[list[Finding], dict]:
+            groups: dict[tuple[int, ...], str], early: Sequence[Diagnostic] = ()) -> tuple[list[Finding], dict]:
     """Findings, best first, and the index of the finding that explains each wrong output's key. `watched`: the engine's Pass in which
-    `watch` saw the values."""
+    `watch` saw the values. `early`: reads before a wait; what was read is arbitrary, so that they are the cause of all."""
     comparison, field = watched.comparison, watched.field
     wrong = [_in_pass(j, comparison) for j in judgements if j.verdict == "REFUTED"]
     wrong = wrong or [_in_pass(j, comparison) for j in judgements if j.unsure]
     if not wrong:
         return [], {}
+    first = _primary(wrong)
+    if early:
+        return [Finding(early[0], explains=len(wrong), witnesses=witnesses(first))], {j.key: 0 for j in wrong}
     flow = Dataflow(program)
     search = Search(flow, watch)
-    first = _primary(wrong)
     starts = [(j.key, p.rank, _read_ref(p.recorded), p.recorded.call.index)
               for j in first[:MOST_SEARCHED] for p in j.compared.pieces
               if (p.wrong("field") or p.undefined()) and _read_ref(p.recorded) is not None]

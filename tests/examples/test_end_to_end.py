@@ -1,0 +1,52 @@
+"""Every example through the whole tool, and every wrong twin: verdict and named line."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cases import EXAMPLES, TWINS, Example, Twin
+
+from trainverify.engine.options import Options
+from trainverify.report.model import Report
+from trainverify.verify import verify_spec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(path: Path, case: dict, seed: int = 0) -> Report:
+    return verify_spec(path, Options(case=case, seed=seed))
+
+
+def not_equal(report: Report) -> list:
+    return [(o.kind, o.name, o.step, o.verdict, o.reason) for o in report.outputs if o.verdict != "PROVED" and not o.reason.startswith("equal at")]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+def test_a_correct_example_equals_its_reference(example: Example):
+    report = run(example.path, example.case or {})
+    assert report.verdict in ("PROVED", "UNKNOWN"), report.findings or report.diagnostics
+    assert report.outputs and not_equal(report) == []
+    assert report.bound[0] == report.bound[1] > 0
+    assert not [d for d in report.diagnostics if d.severity in ("error", "internal")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+def test_no_seed_calls_a_correct_example_different(example: Example, seed: int):
+    assert not_equal(run(example.path, example.case or {}, seed)) == []
+
+
+def places(report: Report) -> set[tuple[str, int]]:
+    """Lines that the report names: of findings, where their values are used, and of diagnostics."""
+    spans = [f.diagnostic.span for f in report.findings] + [s for f in report.findings for s in f.used_at] + [d.span for d in report.diagnostics]
+    return {(str(Path(s.file)), s.line) for s in spans if s is not None}
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda t: t.path.stem)
+def test_a_wrong_twin_is_caught_at_its_line(twin: Twin):
+    report = run(twin.path, {})
+    assert report.verdict in twin.verdicts
+    expected = {(str(ROOT / "examples" / p.file), n) for p in (twin.place, *twin.also) for n in p.numbers()}
+    assert places(report) & expected, (sorted(expected), sorted(places(report)))
+    assert "PROVED" not in {o.verdict for o in report.outputs if o.finding >= 0}
