@@ -21,7 +21,7 @@ class OpRecord(msgspec.Struct, frozen=True):
 
 def op_records() -> list[OpRecord]:
     """One record per row, by kind and name."""
-    from trainverify.ops.table import standard_table
+    from trainverify.ops.standard import standard_table
     rows = sorted(standard_table().rows.values(), key=lambda r: (r.kind, r.name))
     homes, tests = _modules(), _tests_by_module()
     return [OpRecord(r.name, r.summary, r.kind, r.source, tests.get(homes[r.name], ())) for r in rows]

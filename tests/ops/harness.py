@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from trainverify.algebra.base import Complex
 from trainverify.algebra.real import Real
 from trainverify.ir.trace import Name, OpCall, Sequence, TensorRef
-from trainverify.ops.table import OpTable, Rows, standard_table
+from trainverify.ops.standard import standard_table
+from trainverify.ops.table import OpTable, Rows
 
 torch.set_num_threads(1)
 CHECKED: set[str] = set()          # names of rows that took part in a check, for assert_covered

@@ -11,8 +11,10 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.engine.facts import Facts
 from trainverify.engine.verdict import Judgement, judge
 from trainverify.ir.trace import Program
-from trainverify.ops.table import OpTable, standard_table
+from trainverify.ops.standard import standard_table
+from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Comparison
+from trainverify.relate.coverage import Batch, Coverage, Reads
 from trainverify.relate.decisions import match_decisions
 from trainverify.relate.symbols import Binder, Symbols
 from trainverify.replay.conform import Conformance
@@ -33,6 +35,18 @@ class Pass:
     comparison: Comparison
 
 
+class Observers:
+    """What is learnt besides values while one side is replayed."""
+
+    def __init__(self, batch: Batch, check: Conformance):
+        self.facts, self.digests, self.reads, self.check = Facts(), Digests(), Reads(batch), check
+
+    def attach(self, hooks: Hooks) -> None:
+        hooks.before = (self.check.before, self.facts.before, self.digests.before, self.reads.before)
+        hooks.after = (self.check.after, self.digests.after, self.reads.after)
+        hooks.waited = (self.digests.waited,)
+
+
 @dataclass(slots=True)
 class Analysis:
     table: OpTable
@@ -42,16 +56,15 @@ class Analysis:
     judgements: list[Judgement]
     diagnostics: list[Diagnostic]
     facts: dict[str, Facts]
+    coverage: Coverage
     steps: int
     accepted: tuple[str, ...] = ()            # places of decisions that the user takes as matched
     phases: list[Phase] = field(default_factory=list)
 
 
 def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
-                progress: Callable, check: Conformance | None = None, facts: dict[str, Facts] | None = None,
-                digests: dict[str, Digests] | None = None, watch=None) -> Pass:
-    """One pass. `check` looks for rows that disagree with torch, `facts` (per side) for weaknesses of the input, `digests` (per side)
-    for hidden writes; `watch` sees values."""
+                progress: Callable, observers: dict[str, Observers] | None = None, watch=None) -> Pass:
+    """One pass. `observers` (per side) see every call, `watch` sees values."""
     fld, real = Field(seed), Real(symbols.real_values)
     algebras = [fld, real]
     worlds = []
@@ -59,10 +72,8 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
         fld.begin_side(side)
         binder = Binder(symbols, algebras)
         hooks = Hooks(symbol=binder.symbol, bind=binder.bind)
-        if check is not None:
-            hooks.before = (check.before, facts[side].before, digests[side].before)
-            hooks.after = (check.after, digests[side].after)
-            hooks.waited = (digests[side].waited,)
+        if observers is not None:
+            observers[side].attach(hooks)
         if watch is not None:
             if side == "reference":
                 watch.begin(fld, binder.all["field"])
@@ -75,37 +86,73 @@ def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: 
     return Pass(fld, real, worlds[0], worlds[1], comparison)
 
 
+class Laps:
+    """Phases of the work, each timed from the end of the one before."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self._clock = time.perf_counter()
+
+    def end(self, name: str, detail: str = "") -> None:
+        now = time.perf_counter()
+        self.phases.append(Phase(name, now - self._clock, detail))
+        self._clock = now
+
+
 def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(),
             progress: Callable = lambda *a, **k: None, watch=None) -> Analysis:
     """Replay, compare and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for diagnosis)
     sees the values of that second pass."""
-    clock = time.perf_counter()
-    phases: list[Phase] = []
-
-    def lap(name: str, detail: str = "") -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        phases.append(Phase(name, now - clock, detail))
-        clock = now
-
+    laps = Laps()
     table = standard_table(extra_rows)
     symbols = Symbols(reference)
-    check = Conformance(table)
-    facts = {"reference": Facts(), "parallel": Facts()}
-    digests = {"reference": Digests(), "parallel": Digests()}
-    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, check, facts, digests)
-    lap("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines)} ops")
+    check, batch = Conformance(table), Batch(reference)
+    observers = {side: Observers(batch, check) for side in ("reference", "parallel")}
+    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, observers)
+    laps.end("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines):,} calls")
     second = None
     if any(p.wrong("field") or p.undefined() for c in first.comparison.compared.values() for p in c.pieces):
         second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress, watch=watch)
-        lap("second seed")
-    diagnostics = [*check.diagnostics, *_once(d for side in digests.values() for d in side.diagnostics),
+        laps.end("second seed")
+    diagnostics = [*check.diagnostics, *_once(d for side in observers.values() for d in side.digests.diagnostics),
                    *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
     unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     diagnostics += unmatched
     judgements = judge(first, second, diagnostics)
-    lap("compare")
-    return Analysis(table, symbols, first, second, judgements, diagnostics, facts, reference.traces[0].steps, accepted, phases)
+    laps.end("compare")
+    return Analysis(table, symbols, first, second, judgements, diagnostics, {side: o.facts for side, o in observers.items()},
+                    Coverage(batch, observers["reference"].reads, observers["parallel"].reads), reference.traces[0].steps, accepted, laps.phases)
+
+
+@dataclass(slots=True)
+class Survey:
+    """What a dry run finds: which reference elements parameters hold, and how the batch is read. Nothing is compared."""
+
+    symbols: Symbols
+    comparison: Comparison                    # its lineages; nothing in it was compared
+    diagnostics: list[Diagnostic]
+    facts: dict[str, Facts]
+    coverage: Coverage
+    phases: list[Phase]
+
+
+def survey(reference: Program, parallel: Program, *, extra_rows=(), progress: Callable = lambda *a, **k: None) -> Survey:
+    """Replay both programs in float64 only, for bindings and data coverage."""
+    laps = Laps()
+    table, symbols, batch = standard_table(extra_rows), Symbols(reference), Batch(reference)
+    check = Conformance(table)
+    observers, worlds = {}, []
+    for side, program in (("reference", reference), ("parallel", parallel)):
+        real = Real(symbols.real_values)
+        hooks = Hooks(symbol=(binder := Binder(symbols, [real])).symbol, bind=binder.bind)
+        observers[side] = Observers(batch, check)
+        observers[side].attach(hooks)
+        worlds.append(replay(program, [real], table, hooks, lambda f, side=side: progress("replay", side, f)))
+    diagnostics = [*check.diagnostics, *_once(d for side in observers.values() for d in side.digests.diagnostics),
+                   *_once(d for w in worlds for m in w.machines for d in m.diagnostics)]
+    laps.end("replay", f"{sum(m.ops for w in worlds for m in w.machines):,} calls")
+    return Survey(symbols, Comparison(symbols, [real], *worlds), diagnostics, {side: o.facts for side, o in observers.items()},
+                  Coverage(batch, observers["reference"].reads, observers["parallel"].reads), laps.phases)
 
 
 def _once(diagnostics) -> list[Diagnostic]:

@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 from trainverify.diagnostics import Diagnostic
-from trainverify.engine.analysis import Analysis
+from trainverify.engine.analysis import Analysis, Survey
+from trainverify.engine.facts import Facts, valid_tokens
 from trainverify.engine.verdict import DISTRUSTED
 from trainverify.ir.trace import Program
+from trainverify.relate.compare import Comparison
+from trainverify.relate.coverage import Coverage
 from trainverify.relate.layout import describe, layout
+from trainverify.relate.symbols import Symbols
 from trainverify.report.model import Assumption, Binding, Finding, OutputResult, Report
 
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
@@ -15,14 +19,11 @@ def fill(report: Report, analysis: Analysis, parallel: Program, groups: dict[tup
     first = analysis.first
     report.findings = findings
     report.outputs = _outputs(analysis, groups, explained)
-    report.diagnostics = [*report.diagnostics, *analysis.diagnostics, *_unbound(analysis), *_absent(analysis)]
+    report.diagnostics = [*report.diagnostics, *(d for d in analysis.diagnostics if all(d is not f.diagnostic for f in findings)), *_unbound(analysis.first.comparison), *_absent(analysis)]
     report.verdict = overall(report)
     report.ranks = report.ranks or len(parallel.traces)
     report.mesh = mesh_text(groups)
-    report.bindings = bindings(analysis)
-    names = {b.name for b in report.bindings}
-    loose = {b.name for b in report.bindings if not b.bound and b.elements}
-    report.bound = (len(names) - len(loose), len(names))
+    _inputs(report, analysis)
     report.assumptions = assumptions(analysis, parallel)
     report.not_run = sorted({n.text for t in parallel.traces for n in t.notes if n.code == "NOTRUN"})
     report.phases = [*report.phases, *analysis.phases]
@@ -31,6 +32,38 @@ def fill(report: Report, analysis: Analysis, parallel: Program, groups: dict[tup
     report.elements = sum(m.elements for w in worlds for m in w.machines)
     points = 2 if analysis.second is None else 4
     report.evidence = f"equal at {points} field points, error <= 2^-{first.field.error_bits}"
+
+
+def fill_survey(report: Report, found: Survey, parallel: Program, groups: dict[tuple[int, ...], str]) -> None:
+    """The report of a dry run: bindings and data coverage, and no outputs."""
+    report.mode = "dry-run"
+    report.diagnostics = [*report.diagnostics, *found.diagnostics, *_unbound(found.comparison)]
+    report.ranks = report.ranks or len(parallel.traces)
+    report.mesh = mesh_text(groups)
+    _inputs(report, found)
+    report.phases = [*report.phases, *found.phases]
+    report.verdict = overall(report)
+
+
+def _inputs(report: Report, found: Analysis | Survey) -> None:
+    """Bindings, and how the batch is read."""
+    comparison = found.first.comparison if isinstance(found, Analysis) else found.comparison
+    report.bindings = bindings(found.symbols, comparison)
+    names = {b.name for b in report.bindings}
+    loose = {b.name for b in report.bindings if not b.bound and b.elements}
+    report.bound = (len(names) - len(loose), len(names))
+    report.data = found.coverage.text(valid_text(found.facts["parallel"], found.coverage))
+    report.diagnostics = [*report.diagnostics, *found.coverage.diagnostics()]
+
+
+def valid_text(facts: Facts, coverage: Coverage) -> str:
+    """"valid tokens 61, 48, 55" of the first step, one number per loss call of each rank that reads its own samples."""
+    counts = valid_tokens(facts, coverage, 1)
+    if not counts:
+        return ""
+    parts = [str(n[0]) if len(n) == 1 else f"({', '.join(map(str, n))})" for n in counts]
+    shown = parts if len(parts) <= 8 else [*parts[:7], f"... {len(parts) - 7} more"]
+    return "valid tokens " + ", ".join(shown)
 
 
 def overall(report: Report) -> str:
@@ -52,18 +85,19 @@ def _outputs(analysis: Analysis, groups, explained: dict) -> list[OutputResult]:
     return sorted(out, key=lambda o: (KINDS.index(o.kind), o.step, o.name))
 
 
-def bindings(analysis: Analysis) -> list[Binding]:
+def bindings(symbols: Symbols, comparison: Comparison) -> list[Binding]:
     out = []
-    for (rank, how, name), line in sorted(analysis.first.comparison.lineage.items()):
+    for (rank, how, name), line in sorted(comparison.lineage.items(), key=lambda item: (item[0][2], item[0][0])):
         if how == "param":
-            out.append(Binding(name, rank, tuple(line.numbers.shape), describe(analysis.symbols, line), int(line.numbers.size), line.bound))
+            source = describe(symbols, line) if line.numbers.size else "nothing (an empty shard)"
+            out.append(Binding(name, rank, tuple(line.numbers.shape), source, int(line.numbers.size), line.bound))
     return out
 
 
-def _unbound(analysis: Analysis) -> list[Diagnostic]:
+def _unbound(comparison: Comparison) -> list[Diagnostic]:
     """Stepped parameters that derive from no reference element: they were initialised on their own."""
     out: dict[str, set[int]] = {}
-    for (rank, how, name), line in analysis.first.comparison.lineage.items():
+    for (rank, how, name), line in comparison.lineage.items():
         if how == "stepped" and line.numbers.size and not line.bound:
             out.setdefault(name, set()).add(rank)
     return [Diagnostic("BIND001", f"parameter {name} derives from no element of the reference", "error", None, tuple(sorted(ranks)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trainverify.ir.trace import OpCall, TensorRef
+from trainverify.relate.coverage import Coverage
 from trainverify.replay.machine import Machine
 
 FUSED = ("aten._fused_adamw_", "aten._fused_adam_", "aten._fused_sgd_")
@@ -16,7 +17,7 @@ FUSED = ("aten._fused_adamw_", "aten._fused_adam_", "aten._fused_sgd_")
 class Facts:
     """Collected per side by the `before` hook, in program order."""
 
-    valid_tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))     # rank -> per loss call
+    valid_tokens: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))   # (rank, step) -> per loss call
     ids: dict[tuple[int, ...], set[int]] = field(default_factory=lambda: defaultdict(set))    # shape of the table -> ids looked up
     batch_shapes: set[tuple[int, ...]] = field(default_factory=set)
     clip: list[float] = field(default_factory=list)                                          # coefficients before clamping to 1
@@ -26,7 +27,7 @@ class Facts:
         base = ".".join(call.name.split(".")[:2])
         if base in ("aten.nll_loss_forward", "aten.nll_loss2d_forward"):
             target, ignore = machine.native.tensor(call.args[1]), call.args[4]
-            self.valid_tokens[machine.rank].append(int((target != ignore).sum()))
+            self.valid_tokens[(machine.rank, machine.step)].append(int((target != ignore).sum()))
         elif base == "aten.embedding" and isinstance(call.args[1], TensorRef):
             index = machine.native.tensor(call.args[1])
             self.ids[call.args[0].size].update(index.unique().tolist())
@@ -42,3 +43,15 @@ class Facts:
 def _number(machine: Machine, a) -> float:
     value = machine.native.decode(a)
     return float(value) if not isinstance(value, torch.Tensor) else float(value.reshape(-1)[0])
+
+
+def valid_tokens(facts: Facts, coverage: Coverage, step: int) -> list[tuple[int, ...]]:
+    """Per rank that reads samples of its own (one of several that read the same): how many tokens each of its loss calls counts.
+
+    Where no loss of torch is called, comparisons of labels with a negative number tell it.
+    """
+    held = {rank: tuple(n) for (rank, s), n in facts.valid_tokens.items() if s == step} or coverage.parallel.compared_labels(step)
+    seen: dict[object, tuple[int, ...]] = {}
+    for rank, counts in sorted(held.items()):
+        seen.setdefault(coverage.parallel.read_by(rank, step) or rank, counts)
+    return list(seen.values())

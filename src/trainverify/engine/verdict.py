@@ -13,7 +13,8 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.relate.compare import Compared, Piece
 
 EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with merged constants
-BLOCKING = {"REL007", "REL008", "OPS001", "OPS002", "OPS003", "CONF001", "CONF002", "CAP001"}
+OPAQUE = {"OPS001", "OPS002", "OPS003", "CAP006"}   # values without a known meaning: garbage, which is nobody's NaN and nobody's memory
+BLOCKING = {"REL007", "REL008", "CONF001", "CONF002", "CAP001"} | OPAQUE
 DISTRUSTED = {"CONF001", "CONF002"}           # the replay is not what ran: its witnesses show nothing
 
 
@@ -48,20 +49,20 @@ def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
     """Judge every output of the reference. `first` and `second` are engine.analysis.Pass (second: None if nothing differed)."""
     threshold = ROUNDED if first.field.rounding else EXACT
     blocked = sorted({d.code for d in diagnostics if d.code in BLOCKING})
-    unknown_op = any(d.code.startswith("OPS") for d in diagnostics)
+    opaque = sorted({d.code for d in diagnostics if d.code in OPAQUE})
     bits = first.field.error_bits
     out = []
     for key, c in first.comparison.compared.items():
         again = second.comparison.compared[key] if second else None
-        out.append(_judge_one(c, again, threshold, blocked, unknown_op, bits))
+        out.append(_judge_one(c, again, threshold, blocked, opaque, bits))
     return out
 
 
-def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], unknown_op: bool, bits: int) -> Judgement:
+def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], opaque: list[str], bits: int) -> Judgement:
     wrongs, doubtful, unsure = [], 0, []
     for k, piece in enumerate(c.pieces):
         twin = again.pieces[k] if again is not None else None
-        found, unwitnessed = _differences(piece, twin, threshold, unknown_op)
+        found, unwitnessed = _differences(piece, twin, threshold, bool(opaque))
         if found is not None:
             wrongs.append(found)
         doubtful += unwitnessed
@@ -81,7 +82,9 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
     if c.missing:
         return Judgement(c, "UNKNOWN", "REL005", "no rank has it" if c.missing < 0 else f"{c.missing} of its elements are on no rank")
     if doubtful:
-        if not unknown_op and _garbage(c):
+        if opaque and _garbage(c):
+            return Judgement(c, "UNKNOWN", opaque[0], f"{doubtful} elements have no known meaning: see {', '.join(opaque)}")
+        if _garbage(c):
             return Judgement(c, "UNKNOWN", "REL009", f"{doubtful} elements depend on uninitialised memory", unsure=unsure)
         return Judgement(c, "UNKNOWN", "REL001", f"{doubtful} elements differ in the field but no float64 witness was found", unsure=unsure)
     if blocked:
@@ -89,7 +92,7 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
     return Judgement(c, "UNKNOWN", "", f"equal at 2 field points, error <= 2^-{bits}" if bits else "equal in the field")
 
 
-def _differences(piece: Piece, twin: Piece | None, threshold: float, unknown_op: bool) -> tuple[Wrong | None, int]:
+def _differences(piece: Piece, twin: Piece | None, threshold: float, opaque: bool) -> tuple[Wrong | None, int]:
     """(a witnessed difference, number of elements that differ in both fields without a witness)."""
     a, b = piece.reference["real"].t, piece.parallel["real"].t
     differ = ~piece.equal["field"]
@@ -103,7 +106,7 @@ def _differences(piece: Piece, twin: Piece | None, threshold: float, unknown_op:
     if witnessed.any():
         at = torch.nonzero(witnessed).reshape(-1)
         return Wrong(piece, at, a[at], b[at], False), 0
-    if nan.any() and not unknown_op and not _is_garbage(piece, nan):
+    if nan.any() and not opaque and not _is_garbage(piece, nan):
         at = torch.nonzero(nan).reshape(-1)
         return Wrong(piece, at, a[at], b[at], True), 0
     return None, int((differ | nan).sum())

@@ -7,6 +7,7 @@ import torch
 
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.analysis import Analysis
+from trainverify.engine.facts import valid_tokens
 from trainverify.ir.trace import Program
 
 
@@ -22,9 +23,8 @@ def _warn(code: str, message: str, fix: str) -> Diagnostic:
 
 
 def _tokens(analysis: Analysis) -> list[Diagnostic]:
-    per_rank = analysis.facts["parallel"].valid_tokens
-    counts = [n for calls in per_rank.values() for n in calls]
-    if len(counts) > 1 and len(set(counts)) == 1 and len(counts) > len(analysis.facts["reference"].valid_tokens.get(0, ())):
+    counts = [n for calls in valid_tokens(analysis.facts["parallel"], analysis.coverage, 1) for n in calls]
+    if len(counts) > 1 and len(set(counts)) == 1:
         return [_warn("WEAK001", f"every rank and microbatch has {counts[0]} valid tokens: a mean of means equals the mean over all tokens",
                       "mask a different number of labels in each sample")]
     return []
@@ -92,7 +92,7 @@ def _degrees(groups: dict[tuple[int, ...], str], analysis: Analysis) -> list[Dia
         if times > 1:
             out.append(_warn("WEAK007", f"mesh axes {' and '.join(axes)} have the same degree {n}: 1/{axes[0]} and 1/{axes[1]} look alike",
                              "verify a case with distinct degrees"))
-    calls = {len(c) // max(1, analysis.steps) for c in analysis.facts["parallel"].valid_tokens.values()}
+    calls = {len(c) for c in valid_tokens(analysis.facts["parallel"], analysis.coverage, 1)}
     if len(calls) == 1 and (n := calls.pop()) > 1 and n in sizes.values():
         axis = next(a for a in sizes if sizes[a] == n)
         out.append(_warn("WEAK007", f"{n} microbatches and {axis}={n}: 1/microbatches and 1/{axis} look alike", "use distinct numbers"))

@@ -73,10 +73,3 @@ class OpTable:
             if cand.startswith("_foreach_") and f"{ns}.{cand[9:]}" in self.rows:
                 return Resolved(self.rows[f"{ns}.{cand[9:]}"], foreach=True)
         return None
-
-
-def standard_table(extra: Iterable[OpRow] = ()) -> OpTable:
-    """The table of all built-in rows plus a spec's own."""
-    from trainverify.ops import activation, attention, creation, indexing, loss, matmul, movement, normalise, optimizer, pointwise, pooling, reduce, scalars
-    mods = (pointwise, activation, creation, reduce, matmul, movement, indexing, pooling, normalise, attention, loss, optimizer, scalars)
-    return OpTable([r for mod in mods for r in mod.rows.items] + list(extra))

@@ -231,6 +231,19 @@ class Reads:
             t = machine.native.tensor(read[0])[self._get(machine, read[0]) > 0]
             self.marked[(machine.rank, machine.step, call.span)].append(int((t != call.args[1]).sum()))
 
+    def compared_labels(self, step: int) -> dict[int, tuple[int, ...]]:
+        """Per rank: how many labels were no ignored ones, for each comparison of the first line that makes such."""
+        out: dict[int, tuple[int, ...]] = {}
+        for (rank, s, _), counts in self.marked.items():
+            if s == step:
+                out.setdefault(rank, tuple(counts))
+        return out
+
+    def read_by(self, rank: int, step: int) -> bytes:
+        """Equal for ranks that read the same elements in a step; b"" where a rank reads none."""
+        counts = [c for (s, r, _), c in self.counts.items() if (s, r) == (step, rank)]
+        return (torch.stack(counts) > 0).any(0).numpy().tobytes() if counts else b""
+
     # ---- communication
     def _send(self, machine: Machine, call: OpCall) -> None:
         c = call.collective
@@ -358,8 +371,12 @@ class Coverage:
         self.readers: dict[tuple[str, int], tuple[int, ...]] = {}     # tensor and sample -> ranks that read it
         steps = sorted({s for s, _, _ in (*reference.counts, *parallel.counts)})
         for tensor in self.tensors:
+            once: set[int] = set()
             for step in steps:
-                self._judge(tensor, step)
+                once |= self._judge(tensor, step)
+            # A first step may run a microbatch for its shapes only: what counts is a sample that no step reads once.
+            for sample in once & self.repeated.get(tensor.name, {}).keys():
+                del self.repeated[tensor.name][sample]
 
     def _counts(self, side: Reads, tensor: BatchTensor, step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
         """Per rank and op: how often each element is read, as [sample, element]."""
@@ -368,7 +385,8 @@ class Coverage:
             if s == step and bool(mine.any()):
                 yield rank, op, mine.reshape(tensor.samples, -1)
 
-    def _judge(self, tensor: BatchTensor, step: int) -> None:
+    def _judge(self, tensor: BatchTensor, step: int) -> set[int]:
+        """Note what is wrong with one tensor in one step; the samples that are read as often as they should."""
         expected = torch.zeros(tensor.samples, dtype=torch.bool)
         for _, _, counts in self._counts(self.reference, tensor, step):
             expected |= counts.any(1)
@@ -381,11 +399,13 @@ class Coverage:
         if tensor.name not in self.lost:
             never = torch.nonzero(expected & ~read).reshape(-1).tolist()
             self.never[tensor.name] = tuple(sorted({*self.never.get(tensor.name, ()), *never}))
-        for sample, times in _repeated(by_op, read).items():
+        repeated = _repeated(by_op, read)
+        for sample, times in repeated.items():
             mine = self.repeated.setdefault(tensor.name, {})
             mine[sample] = max(times, mine.get(sample, 0))
             ranks = {r for r, has in by_rank.items() if bool(has[sample])}
             self.readers[(tensor.name, sample)] = tuple(sorted({*ranks, *self.readers.get((tensor.name, sample), ())}))
+        return set(torch.nonzero(read).reshape(-1).tolist()) - repeated.keys()
 
     # ---- in words
     @property
@@ -425,22 +445,21 @@ class Coverage:
             if samples:
                 groups[samples].append(name)
         every = tuple(range(self.batch.samples))
-        return [Diagnostic("DATA001", f"{'no sample' if samples == every else numbers(samples)} of {', '.join(names)} is read by "
-                           f"{'any' if samples == every else 'no'} rank, and the reference reads {'them' if len(samples) > 1 else 'it'}", "warning",
+        return [Diagnostic("DATA001", f"{', '.join(names)}: {'all samples' if samples == every else numbers(samples)} read by no rank, but by the reference", "warning",
                            fix="check how the batch is divided over ranks and microbatches (rounding, drop_last, the rank in the slice)")
                 for samples, names in groups.items()]
 
     def _read_repeatedly(self) -> list[Diagnostic]:
         groups: dict[tuple, list[str]] = defaultdict(list)
         for name, samples in self.repeated.items():
-            groups[tuple((s, n, self.readers[(name, s)]) for s, n in sorted(samples.items()))].append(name)
+            if samples:
+                groups[tuple((s, n, self.readers[(name, s)]) for s, n in sorted(samples.items()))].append(name)
         out = []
         for found, names in groups.items():
             ranks = tuple(sorted({r for _, _, readers in found for r in readers}))
             notes = tuple(f"{numbers((s,))}: {n} times as often, by rank{'s' if len(readers) > 1 else ''} {', '.join(map(str, readers))}"
                           for s, n, readers in found[:8])
-            out.append(Diagnostic("DATA002", f"{numbers(tuple(s for s, _, _ in found))} of {', '.join(names)} is read more often than other samples "
-                                  "in one step", "warning", None, ranks, notes, "each sample must count once: check padding of samplers, and the slices of ranks and microbatches"))
+            out.append(Diagnostic("DATA002", f"{', '.join(names)}: {numbers(tuple(s for s, _, _ in found))} read more often than others in one step", "warning", None, ranks, notes, "each sample must count once: check padding of samplers, and the slices of ranks and microbatches"))
         return out
 
     def _not_followed(self) -> list[Diagnostic]:

@@ -161,7 +161,10 @@ class Machine:
         involved = self.involves(call)
         values = [self._arguments(m, call, base) for m in self.algebras] if involved and base not in EMPTY else []
         results = self.native.run(call)
-        if base in EMPTY:
+        if base in EMPTY and call.rng:
+            for m in self.algebras:
+                self._untracked(m, call)
+        elif base in EMPTY:
             self._empty(call)
         elif involved:
             for m, (args, kwargs) in zip(self.algebras, values):
@@ -197,6 +200,8 @@ class Machine:
             return self._leave(m, call, args, results)
         if call.rng:
             return self._random(m, call, results)
+        if call.name == "tv.scalar.unknown":
+            return self._untracked(m, call)
         found = self.table.lookup(call.name)
         if found is None:
             self._no_row(m, call, base)
@@ -261,6 +266,13 @@ class Machine:
         for ref, drawn in zip(call.targets(), results):
             if is_float(ref.dtype):
                 self.memory[m.name].store(ref, m.data(drawn))
+
+    def _untracked(self, m: Algebra, call: OpCall) -> None:
+        """A value that capture found to change with the symbols, by a way that it could not follow."""
+        if m is self.algebras[0]:
+            self.diagnose("CAP006", "a value changes with the weights, by a way that is not tracked: what depends on it is UNKNOWN", call,
+                          fix="compute it with tensors, or with item() and Python's arithmetic, which keep its origin")
+        self._poison(m, call)
 
     def _no_row(self, m: Algebra, call: OpCall, base: str) -> None:
         if base not in self.unknown_ops:

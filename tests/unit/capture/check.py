@@ -2,7 +2,7 @@
 from trainverify.capture.digest import clear, crc
 from trainverify.ir.trace import Program
 from trainverify.ops.access import makes_garbage, reads
-from trainverify.ops.table import standard_table
+from trainverify.ops.standard import standard_table
 from trainverify.replay.machine import Hooks
 from trainverify.replay.run import World, replay
 

@@ -8,7 +8,7 @@ from trainverify.capture.options import CaptureOptions
 from trainverify.capture.provenance import tag_table
 from trainverify.capture.session import capture
 from trainverify.capture.spec import load_spec
-from trainverify.ops.table import standard_table
+from trainverify.ops.standard import standard_table
 from trainverify.replay.machine import Hooks
 from trainverify.replay.run import World
 

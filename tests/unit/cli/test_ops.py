@@ -2,7 +2,7 @@
 import json
 
 from trainverify import cli
-from trainverify.ops.table import standard_table
+from trainverify.ops.standard import standard_table
 
 
 def test_every_row_is_listed_with_meaning_source_and_tests(capsys):
