@@ -12,7 +12,7 @@ import torch
 from trainverify.diagnostics import Diagnostic
 from trainverify.relate.compare import Compared, Piece
 
-EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with merged constants
+EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with rounded constants
 OPAQUE = {"OPS001", "OPS002", "OPS003", "CAP006"}   # values without a known meaning: garbage, which is nobody's NaN and nobody's memory
 BLOCKING = {"REL007", "REL008", "CONF001", "CONF002", "CAP001"} | OPAQUE
 DISTRUSTED = {"CONF001", "CONF002"}           # the replay is not what ran: its witnesses show nothing
@@ -47,7 +47,7 @@ class Judgement:
 
 def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
     """Judge every output of the reference. `first` and `second` are engine.analysis.Pass (second: None if nothing differed)."""
-    threshold = ROUNDED if first.field.rounding else EXACT
+    threshold = ROUNDED if first.field.rounding or _rounded_data(first) else EXACT
     blocked = sorted({d.code for d in diagnostics if d.code in BLOCKING})
     opaque = sorted({d.code for d in diagnostics if d.code in OPAQUE})
     bits = first.field.error_bits
@@ -56,6 +56,12 @@ def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
         again = second.comparison.compared[key] if second else None
         out.append(_judge_one(c, again, threshold, blocked, opaque, bits))
     return out
+
+
+def _rounded_data(first) -> bool:
+    """Whether a side computes with numbers that are rounded results: float data, or floats that left tensors for Python."""
+    machines = [*first.reference.machines, *first.parallel.machines]
+    return any(m.memory["real"].rounded or not all(map(first.field.is_const, m.scalars["field"].values())) for m in machines)
 
 
 def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], opaque: list[str], bits: int) -> Judgement:

@@ -14,6 +14,12 @@ FLOATS = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16", "f
           "complex64": "float32", "complex128": "float64"}
 
 
+def _is_long(flat: torch.Tensor) -> bool:
+    """Whether some number has more than 16 significant bits."""
+    mantissa = torch.frexp(flat[flat.isfinite()].double())[0] * 2.0 ** 16
+    return bool((mantissa != mantissa.floor()).any())
+
+
 def is_float(dtype: str) -> bool:
     return dtype in FLOATS
 
@@ -28,6 +34,7 @@ class AlgebraMemory:
         self.m, self.native, self.key, self.bind = m, native, key, bind
         self.cells: dict[int, object] = {}
         self.dtypes: dict[int, str] = {}
+        self.rounded = False                  # whether data was read that may be rounded results (float32 with a long mantissa)
 
     def has(self, ref: TensorRef) -> bool:
         return ref.storage in self.cells
@@ -56,6 +63,7 @@ class AlgebraMemory:
             item = dtype_of(ref.dtype).itemsize
             flat = torch.empty(0, dtype=dtype_of(ref.dtype)).set_(storage, 0, (storage.nbytes() // item,), (1,))
             bound = self.m.data(flat.clone())
+            self.rounded = self.rounded or ref.dtype in ("float32", "float64") and _is_long(flat)
         self.cells[ref.storage] = self.m.cell(bound)
         self.dtypes[ref.storage] = ref.dtype
 
