@@ -152,13 +152,14 @@ class _Marker:
             return "shape"
         for ref in inputs(call):
             self._contents(ref, call)
-        if call.name != "tv.escape":
-            args = [self._argument(a, b, call) for a, b in zip(call.args, other.args)]
-            skip = ("value",) if call.name.startswith("tv.scalar.") else ()
-            keywords = {k: a if k in skip else self._argument(a, other.kwargs[k], call) for k, a in call.kwargs.items()}
-            if _DIFFERS in args or _DIFFERS in keywords.values():
-                return "shape"
-            call.args, call.kwargs = tuple(args), keywords
+        if call.name == "tv.escape":
+            return "decided" if call.digest_in != other.digest_in else ""
+        args = [self._argument(a, b, call) for a, b in zip(call.args, other.args)]
+        skip = ("value",) if call.name.startswith("tv.scalar.") else ()
+        keywords = {k: a if k in skip else self._argument(a, other.kwargs[k], call) for k, a in call.kwargs.items()}
+        if _DIFFERS in args or _DIFFERS in keywords.values():
+            return "shape"
+        call.args, call.kwargs = tuple(args), keywords
         if isinstance(call.outs, ScalarRef):
             self.known.append(call.outs.id)
         if call.outs == other.outs and call.writes == other.writes:

@@ -273,8 +273,11 @@ class Recorder(TorchDispatchMode):
             if type(what) not in _PLAIN or (how in _MEMORY_ACCESS and not _called_by_user()):
                 return
             with unseen():
-                what = self.encoder.arg(self._plain(what))
-        self.append("tv.escape", (how, what))
+                plain = self._plain(what)
+                floats = plain.is_floating_point() or plain.is_complex()
+                self.append("tv.escape", (how, self.encoder.arg(plain)), reads=() if floats else (plain,))
+        else:
+            self.append("tv.escape", (how, what))
 
 
 def _called_by_user() -> bool:

@@ -38,8 +38,8 @@ def reads(call: OpCall) -> tuple[TensorRef, ...]:
     """The tensors whose bytes the call's results depend on, in argument order (keyword arguments last)."""
     if call.collective is not None:
         return call.collective.inputs
-    if call.name == "tv.escape":               # no result depends on it
-        return ()
+    if call.name == "tv.escape":               # integers and masks: what they are is what was decided
+        return tuple(t for a in call.args for t in tensors(a) if not t.dtype.startswith(("float", "bfloat", "complex")))
     skip = unread(call.name)
     if skip is None:
         return ()

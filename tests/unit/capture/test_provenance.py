@@ -35,7 +35,7 @@ def test_no_second_run_where_nothing_leaves():
     assert not again(done) and codes(done.parallel.traces[0]) == []
 
 
-@pytest.mark.parametrize("how", ["tracked", "harmless"])
+@pytest.mark.parametrize("how", ["tracked", "harmless", "routed"])
 def test_nothing_is_lost(how):
     done = captured(how)
     trace = done.parallel.traces[0]

@@ -12,7 +12,9 @@ import trainverify as tv
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import LAYERS, LENGTH, ROWS, Model, Stage, batch, loss_of, reference, training  # noqa: E402, F401
 
-RANKS = 2
+
+def RANKS(how):
+    return 4 if how == "hybrid" else 2
 
 
 def loaded(ref, **kw):
@@ -225,6 +227,44 @@ def zero(ref):
     model = DistributedDataParallel(loaded(ref))
     make = lambda parameters, lr: ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=lr)  # noqa: E731
     return averaged(training(model, list(model.parameters()), share(ref), optimizer=make))
+
+
+def ddp_hook(ref):
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.nn.parallel import DistributedDataParallel
+    model = DistributedDataParallel(loaded(ref))
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    return averaged(training(model, list(model.parameters()), share(ref)))
+
+
+def hybrid(ref):
+    """FSDP2 within two replicas, gradients divided by a factor of the user's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh, model = init_device_mesh("cuda", (2, 2), mesh_dim_names=("replicate", "shard")), loaded(ref)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+    model.set_gradient_divide_factor(4.0)
+    return averaged(training(model, list(model.parameters()), share(ref)))
+
+
+def amp(ref):
+    """Mixed precision with loss scaling, written for a GPU."""
+    model = loaded(ref).cuda()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.amp.GradScaler("cuda")
+    data = {k: v.to("cuda:0") for k, v in ref.batch.items()}
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = loss_of(model(data["tokens"]), data["labels"])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return {"loss": loss}
+    return tv.Training(model, step)
 
 
 def parallel(ref, how):
