@@ -113,7 +113,7 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
 
     groups = {g.ranks: g.axis for t in parallel.traces for g in t.groups if len(g.ranks) > 1}
     if options.dry_run:
-        return fill_survey(report, survey(reference, parallel, extra_rows=extra_rows, progress=progress), parallel, groups)
+        return fill_survey(report, survey(reference, parallel, extra_rows=extra_rows, progress=progress), reference, parallel, groups)
     watch = Watch()
     analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, progress=progress, watch=watch)
     findings, explained = [], {}
@@ -122,5 +122,5 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
         early = [d for d in analysis.diagnostics if d.code == "REL007"]
         findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups, early)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
-    fill(report, analysis, parallel, groups, findings, explained)
+    fill(report, analysis, reference, parallel, groups, findings, explained)
     report.warnings = weak_spec(analysis, parallel, groups, options.steps)

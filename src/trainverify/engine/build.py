@@ -4,6 +4,7 @@ from __future__ import annotations
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.analysis import Analysis, Survey
 from trainverify.engine.facts import Facts, valid_tokens
+from trainverify.engine.notes import Notes, detailed, notes_of
 from trainverify.engine.verdict import DISTRUSTED
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Comparison
@@ -15,17 +16,19 @@ from trainverify.report.model import Assumption, Binding, Finding, OutputResult,
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
 
 
-def fill(report: Report, analysis: Analysis, parallel: Program, groups: dict[tuple[int, ...], str], findings: list[Finding], explained: dict) -> None:
+def fill(report: Report, analysis: Analysis, reference: Program, parallel: Program, groups: dict[tuple[int, ...], str], findings: list[Finding], explained: dict) -> None:
     first = analysis.first
     report.findings = findings
     report.outputs = _outputs(analysis, groups, explained)
-    report.diagnostics = [*report.diagnostics, *(d for d in analysis.diagnostics if all(d is not f.diagnostic for f in findings)), *_unbound(analysis.first.comparison), *_absent(analysis)]
+    notes = notes_of(reference, parallel)
+    told = [d for d in analysis.diagnostics if all(d is not f.diagnostic for f in findings)]
+    report.diagnostics = [*report.diagnostics, *detailed(told, notes), *notes.warnings, *_unbound(analysis.first.comparison), *_absent(analysis)]
     report.verdict = overall(report)
     report.ranks = report.ranks or len(parallel.traces)
     report.mesh = mesh_text(groups)
     _inputs(report, analysis)
-    report.assumptions = assumptions(analysis, parallel)
-    report.not_run = sorted({n.text for t in parallel.traces for n in t.notes if n.code == "NOTRUN"})
+    report.assumptions = assumptions(analysis, parallel, notes)
+    report.not_run = notes.not_run
     report.phases = [*report.phases, *analysis.phases]
     worlds = (first.reference, first.parallel)
     report.ops = sum(m.ops for w in worlds for m in w.machines)
@@ -34,10 +37,12 @@ def fill(report: Report, analysis: Analysis, parallel: Program, groups: dict[tup
     report.evidence = f"equal at {points} field points, error <= 2^-{first.field.error_bits}"
 
 
-def fill_survey(report: Report, found: Survey, parallel: Program, groups: dict[tuple[int, ...], str]) -> None:
+def fill_survey(report: Report, found: Survey, reference: Program, parallel: Program, groups: dict[tuple[int, ...], str]) -> None:
     """The report of a dry run: bindings and data coverage, and no outputs."""
     report.mode = "dry-run"
-    report.diagnostics = [*report.diagnostics, *found.diagnostics, *_unbound(found.comparison)]
+    notes = notes_of(reference, parallel)
+    report.diagnostics = [*report.diagnostics, *detailed(found.diagnostics, notes), *notes.warnings, *_unbound(found.comparison)]
+    report.not_run = notes.not_run
     report.ranks = report.ranks or len(parallel.traces)
     report.mesh = mesh_text(groups)
     _inputs(report, found)
@@ -117,7 +122,7 @@ def _absent(analysis: Analysis) -> list[Diagnostic]:
             for (code, reason), names in out.items()]
 
 
-def assumptions(analysis: Analysis, parallel: Program) -> list[Assumption]:
+def assumptions(analysis: Analysis, parallel: Program, notes: Notes) -> list[Assumption]:
     out = [Assumption("A1", "casts between float types are the identity: rounding is not checked"),
            Assumption("A2", "token ids, sizes, masks and the number of ranks as recorded")]
     merged = analysis.first.field.rounding
@@ -128,8 +133,7 @@ def assumptions(analysis: Analysis, parallel: Program) -> list[Assumption]:
         out.append(Assumption("A4", "routing and other data-dependent choices as recorded"))
     if analysis.accepted:
         out.append(Assumption("A5", "decisions accepted by the user choose as the reference does", analysis.accepted))
-    notes = sorted({n.text for t in parallel.traces for n in t.notes if n.code.startswith("ASSUME")})
-    return out + [Assumption(f"A{6 + i}", text) for i, text in enumerate(notes)]
+    return out + [Assumption(f"A{6 + i}", text, places) for i, (text, places) in enumerate(notes.assumptions)]
 
 
 def _places(merged, analysis: Analysis, parallel: Program) -> tuple[str, ...]:

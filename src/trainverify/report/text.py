@@ -296,7 +296,7 @@ def _facts(report: Report, width: int) -> list[str]:
         scope = f"these token ids, sizes, {count_of(report.ranks, 'rank')} and this case"
         lines += _listed("only for", [scope], width)
     assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for a in report.assumptions]
-    lines += _listed("assumes", assumed, width) + _listed("not run", report.not_run, width)
+    lines += _listed("assumes", assumed, width) + _listed("not run", [short_paths(t) for t in report.not_run], width)
     weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for d in report.warnings]
     lines += _listed("weak spec", weak, width)
     if report.phases:
