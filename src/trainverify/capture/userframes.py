@@ -21,11 +21,18 @@ def is_user_file(file: str) -> bool:
     """Whether a source file belongs to the program under verification; its libraries do, but for torch and mere plumbing."""
     if file.startswith("<") or file.startswith(_OURS) or file.startswith(_torch_directory()):
         return False
-    paths = sysconfig.get_paths()
-    for library in (paths["purelib"], paths["platlib"]):
+    libraries, standard = _python_directories()
+    for library in libraries:
         if file.startswith(library):
             return file[len(library) + 1:].split("/")[0] not in _PLUMBING
-    return not file.startswith((paths["stdlib"], paths["platstdlib"]))
+    return not file.startswith(standard)
+
+
+@functools.cache
+def _python_directories() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where installed packages and the standard library are (slow to ask for)."""
+    paths = sysconfig.get_paths()
+    return (paths["purelib"], paths["platlib"]), (paths["stdlib"], paths["platstdlib"])
 
 
 @functools.cache
