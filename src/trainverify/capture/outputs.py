@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from trainverify.api import Local
@@ -185,8 +185,11 @@ class Outputs:
 
     @staticmethod
     def _local(tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor, complete: a pending collective is waited for, as any reader would."""
+        """This rank's part of a tensor, complete: shares of a DTensor are summed and a pending collective is waited for, as any reader would."""
         if isinstance(tensor, DTensor):
+            tensor = tensor.detach()
+            if any(p.is_partial() for p in tensor.placements):
+                tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
             tensor = tensor._local_tensor
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
