@@ -18,8 +18,8 @@ from typing import Any
 from trainverify.kernel.terms import ANY, NEGATIVE, POSITIVE, ZERO, Node, Obligation, pairs, reachable
 
 ERRORS = (ArithmeticError, ValueError)        # overflow, division by zero, domain errors of math and decimal
-# (least, greatest magnitude in 1/32, share of negative values)
-REGIONS = ((16, 64, 0.0), (4, 64, 1.0), (4, 64, 0.5), (4, 64, 0.5), (1, 8, 0.0), (1, 8, 0.5), (32, 200, 0.2), (16, 64, 0.3), (1, 64, 0.7))
+# (least, greatest magnitude in 1/32, share of negative values); None: small integers, where zeros and ties are
+REGIONS = ((16, 64, 0.0), (4, 64, 1.0), None, (4, 64, 0.5), (4, 64, 0.5), (1, 8, 0.0), (1, 8, 0.5), None, (32, 200, 0.2), (16, 64, 0.3), (1, 64, 0.7))
 NEAR = Decimal("1e-20")
 
 
@@ -170,16 +170,19 @@ def points(obligation: Obligation, count: int) -> Iterator[tuple[Fraction, ...]]
     signs = {obligation.nodes[i].attr: s for i, s in obligation.given if obligation.nodes[i].kind == "leaf"}
     rng = random.Random(20240229)
     for k in range(count):
-        low, high, negative = REGIONS[k % len(REGIONS)]
-        values = []
-        for leaf in range(obligation.leaves):
-            sign = signs.get(leaf, ANY)
-            minus = rng.random() < negative
-            x = Fraction(rng.randrange(low * 32, high * 32), 1024)
-            if not sign & (NEGATIVE if minus else POSITIVE):
-                minus = bool(sign & NEGATIVE)
-            values.append(Fraction(0) if sign == ZERO else -x if minus else x)
-        yield tuple(values)
+        region = REGIONS[k % len(REGIONS)]
+        yield tuple(_draw(rng, region, signs.get(leaf, ANY)) for leaf in range(obligation.leaves))
+
+
+def _draw(rng: random.Random, region: tuple[int, int, float] | None, sign: int) -> Fraction:
+    if region is None:
+        return Fraction(rng.choice([x for x, s in ((-2, NEGATIVE), (-1, NEGATIVE), (0, ZERO), (1, POSITIVE), (2, POSITIVE)) if s & sign]))
+    low, high, negative = region
+    minus = rng.random() < negative
+    x = Fraction(rng.randrange(low * 32, high * 32), 1024)
+    if not sign & (NEGATIVE if minus else POSITIVE):
+        minus = bool(sign & NEGATIVE)
+    return Fraction(0) if sign == ZERO else -x if minus else x
 
 
 class Filter:
@@ -213,7 +216,9 @@ class Filter:
         """The point if it refutes, True if both sides agree there, False if it says nothing."""
         if not precise:
             sides = self.sides(leaves, FLOAT)
-            if sides is not None and sides[1] is not None and all(map(math.isfinite, sides)):
+            if sides is None:
+                return False
+            if sides[1] is not None and all(map(math.isfinite, sides)):
                 a, b = sides
                 if abs(a - b) <= 1e-7 * (abs(a) + abs(b)) + 1e-9:
                     return True
@@ -244,17 +249,20 @@ def refuting_point(obligation: Obligation, agreements: int = 3, tries: int = 24)
     """A point that refutes, else the number of points (at most `agreements`) at which both sides are defined and agree."""
     filter_ = Filter(obligation)
     agreed = 0
-    for leaves in points(obligation, tries):
-        found = filter_.at(leaves)
-        if isinstance(found, Point):
-            return found
-        agreed += found
-        if agreed == agreements:
+    for precise in (False, True):             # floats first; if they overflow everywhere, decimals
+        for leaves in points(obligation, tries):
+            found = filter_.at(leaves, precise)
+            if isinstance(found, Point):
+                return found
+            agreed += found
+            if agreed == agreements:
+                break
+        if agreed:
             break
     return agreed
 
 
-def late_refuting_point(obligation: Obligation, tries: int = 24, precise: int = 6) -> Point | None:
+def late_refuting_point(obligation: Obligation, tries: int = 33, precise: int = 6) -> Point | None:
     """A longer search, for what normal forms did not prove; at the first points it finds differences that floats do not show."""
     filter_ = Filter(obligation)
     for k, leaves in enumerate(points(obligation, tries)):

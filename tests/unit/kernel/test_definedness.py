@@ -46,7 +46,20 @@ HOLES = {
     "root that may be zero": (lambda w, x, y: (x, x * w.sqrt(y * y) / w.sqrt(y * y)), "definedness", "proved"),
     "0 to a negative power": (lambda w, x, y: (w.lift(1), x ** Fraction(-1, 2) * x ** Fraction(1, 2)), "refuted", "proved"),
     "inverse of an indicator": (lambda w, x, y: (w.compare("gt", x, 0), 1 / w.compare("gt", x, 0)), "not equal", "not equal"),
-    "unused term": (lambda w, x, y: (x, x + 0 * w.log(w.uf("f", y))), "definedness", "proved"),
+    "negative integer power": (lambda w, x, y: (x**0 + y, x * x**-1 + y), "definedness", "proved"),
+    "negative even power": (lambda w, x, y: (w.lift(1), x**2 * x**-2), "definedness", "proved"),
+    "maximum that may be zero": (lambda w, x, y: (w.lift(1), w.max([x * x, y]) / w.max([x * x, y])), "definedness", "proved"),
+    "minimum of positive values": (lambda w, x, y: (w.lift(1), -w.max([-w.exp(x), -w.exp(y)]) / -w.max([-w.exp(x), -w.exp(y)])), "definedness", "proved"),
+    "sum that may be zero": (lambda w, x, y: (w.lift(1), (x * x + w.sqrt(y * y)) / (x * x + w.sqrt(y * y))), "definedness", "proved"),
+    "product that may be zero": (lambda w, x, y: (w.lift(1), x * x * w.exp(y) / (w.exp(y) * x * x)), "definedness", "proved"),
+    "cube of what may be negative": (lambda w, x, y: (x, w.sqrt(x**3 * x)), "refuted", "refuted"),
+    "root of a cube": (lambda w, x, y: (x * w.sqrt(x), w.sqrt(x**3)), "proved", "proved"),
+    "comparison at a tie": (lambda w, x, y: (w.lift(1), w.compare("gt", x * x, 0)), "refuted", "refuted"),
+    "comparison without a tie": (lambda w, x, y: (w.lift(1), w.compare("ge", x * x, 0)), "proved", "proved"),
+    "equality at zero": (lambda w, x, y: (w.lift(0), w.compare("eq", x * x * y, 0)), "refuted", "refuted"),
+    "indicator at a tie": (lambda w, x, y: (w.compare("gt", x, y), 1 - w.compare("gt", y, x)), "refuted", "refuted"),
+    "equality of multiples": (lambda w, x, y: (w.compare("eq", x * w.exp(y), y), w.compare("eq", -3 * x, -3 * y * w.exp(-y))), "proved", "proved"),
+    "unused term": (lambda w, x, y: (x, x + 0 * w.log(w.uf("f", y))), "refuted", "proved"),
 }
 
 

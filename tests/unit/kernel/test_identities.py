@@ -193,9 +193,26 @@ def rotary_inverse(w, wrong):
     return [(x, a * c2 - b * s2), (y, a * s2 + b * c2)]
 
 
+def nested_maxima(w, wrong):
+    """A maximum over shards of maxima; nested ones that are scaled stay."""
+    z = w.leaves("z", 6)
+    parts = [w.max(z[:2]), w.max([z[2], w.max(z[3:5])]), z[5]]
+    return [(w.max(z), w.max([2 * parts[0], *parts[1:]] if wrong else parts)), (w.max([z[0], z[1], z[0]]), w.max([z[1], z[0], z[1]]))]
+
+
+def roots_of_products(w, wrong):
+    x, y, z, v = w.leaf("x"), w.leaf("y"), w.leaf("z", POSITIVE), w.leaf("v", NONNEGATIVE)
+    return [(w.sqrt(w.exp(x) * (1 + w.exp(y))), w.exp(x if wrong else x / 2) * w.sqrt(1 + w.exp(y))), (w.sqrt(v / z), w.sqrt(v) / w.sqrt(z)),
+            (w.sqrt(z * (x * x + y * y)), w.sqrt(x * x + y * y) * w.sqrt(z)), (w.sqrt(v * v * z), v * w.sqrt(z)),
+            (w.sqrt(4 * x * x + 4 * y * y), 2 * w.sqrt(y * y + x * x)), (w.sqrt(z**3), z * w.sqrt(z)), (w.sqrt(1 / (z + 1)), 1 / w.sqrt(1 + z)),
+            (w.log(w.sqrt(z) / (1 + z)), w.log(z) / 2 - w.log(1 + z)), (w.exp(w.log(z + 1) * Fraction(-3, 2)), 1 / ((1 + z) * w.sqrt(1 + z))),
+            (w.exp(w.log(z) / 3) ** 3, z), (w.sqrt(w.lift(50)) * w.sqrt(w.lift(Fraction(9, 2))), w.lift(15))]
+
+
 IDENTITIES = {f.__name__: f for f in (
     layer_norm, layer_norm_backward, rms_norm_backward, softmax_shift, softmax_backward, label_smoothing, adamw_bias_correction, clipped_norm,
-    sigmoid_forms, scale_split, root_sum, equal_arguments, token_weights, bias_before_reduction, rotary_inverse)}
+    sigmoid_forms, scale_split, root_sum, equal_arguments, token_weights, bias_before_reduction, rotary_inverse,
+    nested_maxima, roots_of_products)}
 IDENTITIES |= {f"online_merge_{n}": online_merge(n) for n in (2, 4)} | {f"logsumexp_merge_{n}": logsumexp_merge(n) for n in (2, 4)}
 
 
