@@ -16,7 +16,7 @@ def captured(kind, path=SPEC, **more):
     return capture(load_spec(path), CaptureOptions(case={"kind": kind}, steps=1, timeout=60, **more))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["every", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS)])
 def test_kind(kind):
     done = captured(kind)
     assert done.diagnostics == [], [d.notes for d in done.diagnostics]

@@ -8,20 +8,28 @@ import pytest
 from capture.check import replayed
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.provenance import tag_table
-from trainverify.capture.session import capture
+from trainverify.capture.session import capture, capture_parallel, capture_reference
 from trainverify.capture.spec import load_spec
 from trainverify.ir.trace import Name, ScalarRef, Sequence, TensorRef
 
 SPEC = Path(__file__).parent / "specs" / "outputs.py"
 
 
-def captured(how, steps=2):
-    return capture(load_spec(SPEC), CaptureOptions(case={"how": how}, steps=steps, timeout=60, second_run=False))
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    """Captures the parallel program in one way; the reference once for all."""
+    spec, folder = load_spec(SPEC), tmp_path_factory.mktemp("outputs")
+    reference = capture_reference(spec, CaptureOptions(steps=1, timeout=60), folder)
+    assert reference.program is not None, reference.diagnostics
+
+    def run(how, steps=2):
+        return capture_parallel(spec, reference, {"how": how}, CaptureOptions(steps=steps, timeout=60), folder)
+    return run
 
 
 @pytest.fixture(scope="module")
 def plain():
-    done = captured("plain")
+    done = capture(load_spec(SPEC), CaptureOptions(case={"how": "plain"}, timeout=60, second_run=False))
     assert done.diagnostics == [] and done.ranks == 2 and done.case == {"how": "plain"} and done.peak_memory > 0
     return done
 
@@ -102,33 +110,32 @@ def test_replays(plain):
     replayed(plain.parallel)
 
 
-def test_finish_comes_before_the_last_parameters():
-    done = captured("late")
-    trace = done.parallel.traces[0]
+def test_finish_comes_before_the_last_parameters(captured):
+    trace = captured("late").program.traces[0]
     added = [c.index for c in trace.ops if c.name == "aten.add_.Tensor" and c.args[1] == 1 and trace.spans[c.span].function == "<lambda>"]
     assert len(added) == 1 and added[0] < outputs(trace, "parameter", 2)["unused"].index
     assert len([c for c in calls(trace, "tv.output") if c.args[:3] == ("parameter", "unused", 2)]) == 1
 
 
-def test_gradients_are_read_after_the_optimizers_own_hooks():
-    trace = captured("changed_by_a_hook").parallel.traces[0]
+def test_gradients_are_read_after_the_optimizers_own_hooks(captured):
+    trace = captured("changed_by_a_hook").program.traces[0]
     for step in (1, 2):
         doubled = [c.index for c in trace.ops if c.name == "aten.mul_.Tensor" and c.args[1] == 2 and trace.spans[c.span].step == step]
         assert max(doubled) < min(c.index for c in outputs(trace, "gradient", step).values())
 
 
-def test_two_optimizer_steps_in_one():
-    trace = captured("twice", steps=1).parallel.traces[0]
+def test_two_optimizer_steps_in_one(captured):
+    trace = captured("twice", steps=1).program.traces[0]
     assert {"norm.bias", "norm.bias#2"} <= set(outputs(trace, "gradient", 1)) and "norm.bias#2" not in outputs(trace, "parameter", 1)
 
 
-def test_no_optimizer_is_noted():
-    trace = captured("by_hand", steps=1).parallel.traces[0]
+def test_no_optimizer_is_noted(captured):
+    trace = captured("by_hand", steps=1).program.traces[0]
     assert "CAP004" in {n.code for n in trace.notes} and not outputs(trace, "gradient")
 
 
-def test_chunks_have_unique_names():
-    trace = captured("chunks", steps=1).parallel.traces[0]
+def test_chunks_have_unique_names(captured):
+    trace = captured("chunks", steps=1).program.traces[0]
     names = [c.args[0] for c in calls(trace, "tv.param")]
     assert len(set(names)) == len(names) and {"chunk0.norm.bias", "chunk1.norm.bias", "weight"} <= set(names)
 
@@ -148,9 +155,9 @@ def test_tags_decode(plain):
     ("not_a_training", "SPEC008", "returned a Net"), ("no_model", "SPEC008", "model is a str"), ("wrong_report", "SPEC011", "shape [2]"),
     ("wrong_value", "SPEC011", "as a str"), ("wrong_return", "SPEC011", "returned a float"), ("sparse", "CAP003", "sparse_coo"),
     ("raises", "RUN009", "tp must divide heads")])
-def test_wrong_specs(how, code, text):
+def test_wrong_specs(captured, how, code, text):
     done = captured(how, steps=1)
-    assert done.parallel is None and done.reference is not None
+    assert done.program is None
     found = done.diagnostics[0]
     assert found.code == code and text in found.message and found.severity == "error", found
 

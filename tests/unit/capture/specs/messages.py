@@ -204,6 +204,7 @@ def parallel(ref, kind):
     model.load_state_dict(ref.weights)
 
     def step():
-        KINDS[kind](dist.get_rank(), dist.get_world_size())
+        for f in [f for f in KINDS.values() if f is not orders] if kind == "every" else [KINDS[kind]]:
+            f(dist.get_rank(), dist.get_world_size())
 
     return tv.Training(model, step)
