@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from trainverify.verify import assert_equivalent, verify
 
 if TYPE_CHECKING:
-    from trainverify.api import Training, fixed, local
+    from trainverify.api import Training, fixed, local, op
 
 __version__ = "0.1.0"
-__all__ = ["Training", "assert_equivalent", "fixed", "local", "verify"]
+__all__ = ["Training", "assert_equivalent", "fixed", "local", "op", "verify"]
 
-_LAZY = ("Training", "fixed", "local")
+_LAZY = ("Training", "fixed", "local", "op")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a spec file uses: `Training`, `local`, `fixed`, and the `Reference` that `parallel` is given (no torch at import; not trusted)."""
+"""What a spec file uses: `Training`, `local`, `fixed`, `op`, and the `Reference` that `parallel` is given (no torch at import; not trusted)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -49,6 +49,30 @@ def fixed(x: Any) -> Any:
 
 def is_fixed(x: Any) -> bool:
     return bool(getattr(x, FIXED, False))
+
+
+@dataclass(frozen=True, eq=False)
+class CustomOp:
+    """What a spec's OPS says of one operation; made by `op`."""
+
+    name: str
+    meaning: Callable | None = None
+    pointwise: bool = False
+
+
+def op(name: str, meaning: Callable | None = None, *, uninterpreted: bool = False, pointwise: bool = False) -> CustomOp:
+    """For OPS: what the custom operation `name` ("mylib::fused_swiglu") computes.
+
+    meaning: a function of the op's arguments, written in PyTorch. Or uninterpreted=True: an unknown function, of which every
+    result depends on all inputs (pointwise=True: on the elements at its own place).
+    """
+    if callable(meaning) == uninterpreted:
+        raise ValueError(f"tv.op({name!r}): give either a function as meaning or uninterpreted=True")
+    if pointwise and not uninterpreted:
+        raise ValueError(f"tv.op({name!r}): pointwise is for uninterpreted ops; a function says that itself")
+    if not isinstance(name, str) or len(name.replace("::", ".").split(".")) < 2:
+        raise ValueError(f'tv.op({name!r}): the name is "namespace::op"')
+    return CustomOp(name, meaning, pointwise)
 
 
 @dataclass(frozen=True, eq=False)

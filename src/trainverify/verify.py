@@ -24,14 +24,14 @@ def verify_spec(path: str | os.PathLike, options: Options = Options(), progress:
 
 
 def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | None = None, steps: int = 2, seed: int = 0,
-           timeout: float = 300.0, accept: tuple[str, ...] = ()) -> Report:
-    """Verify a spec file, or two functions as a spec file would define them."""
+           timeout: float = 300.0, accept: tuple[str, ...] = (), ops=()) -> Report:
+    """Verify a spec file, or two functions as a spec file would define them (ops: as its OPS)."""
     options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept))
     if parallel is None:
         return verify_spec(reference, options)
     from trainverify.capture.spec import spec_of
 
-    return _verify(lambda: spec_of(reference, parallel, ranks), options, _quiet, getattr(parallel, "__module__", ""))
+    return _verify(lambda: spec_of(reference, parallel, ranks, ops), options, _quiet, getattr(parallel, "__module__", ""))
 
 
 def assert_equivalent(reference, parallel=None, **options) -> Report:

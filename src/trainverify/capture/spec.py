@@ -7,13 +7,16 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainverify.api import CustomOp
 from trainverify.capture.userframes import frames_of_exception
 from trainverify.diagnostics import Diagnostic, Fault, Span
+from trainverify.ops import custom
 from trainverify.ops.table import OpRow
 
 Value = str | int | float | bool
@@ -31,8 +34,8 @@ class Spec:
     ops: tuple[Any, ...] = ()
 
     def op_rows(self) -> tuple[OpRow, ...]:
-        """Rows for custom ops."""
-        return self.ops
+        """Rows for custom ops, made anew: they belong to one run."""
+        return tuple(_row(o) for o in self.ops)
 
     def case(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments for parallel(ref, ...): what was given, checked against its signature and brought to its types.
@@ -105,9 +108,9 @@ def load_spec(path: str | Path) -> Spec:
     return _spec(str(path), str(file), vars(module))
 
 
-def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None) -> Spec:
+def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None, ops: Iterable[Any] = ()) -> Spec:
     """A spec from two functions, as a file would define them."""
-    names = {"reference": reference, "parallel": parallel, "RANKS": ranks}
+    names = {"reference": reference, "parallel": parallel, "RANKS": ranks, "OPS": list(ops)}
     return _spec("", getattr(getattr(parallel, "__code__", None), "co_filename", ""), names)
 
 
@@ -148,11 +151,22 @@ def _spec(path: str, file: str, names: dict[str, Any]) -> Spec:
         raise Fault(Diagnostic("SPEC004", f"CASES is {cases!r}, which is no list of dicts", span=Span(file, 1, "<module>", phase="setup"),
                                fix='Write CASES = [{"tp": 2}, {"tp": 3}].'))
     ops = names.get("OPS") or ()
-    wrong = [o for o in ops if not isinstance(o, OpRow)]
+    wrong = [o for o in ops if not isinstance(o, (CustomOp, OpRow))] if isinstance(ops, (list, tuple)) else [ops]
     if wrong:
-        raise Fault(Diagnostic("SPEC004", f"OPS holds {wrong[0]!r}, which is no OpRow", span=Span(file, 1, "<module>", phase="setup"),
-                               fix="Fill OPS with trainverify.ops.table.OpRow values."))
+        raise Fault(Diagnostic("SPEC004", f"OPS holds {wrong[0]!r}, which is no tv.op", span=Span(file, 1, "<module>", phase="setup"),
+                               fix='Write OPS = [tv.op("mylib::fused", meaning=function)].'))
+    twice = [n for n, k in Counter(_row(o).name for o in ops).items() if k > 1]
+    if twice:
+        raise Fault(Diagnostic("SPEC004", f"OPS explains {twice[0]} twice", span=Span(file, 1, "<module>", phase="setup"), fix="Keep one of them."))
     return Spec(path, names["reference"], names["parallel"], names.get("RANKS"), tuple(cases), tuple(ops))
+
+
+def _row(op: CustomOp | OpRow) -> OpRow:
+    """What OPS says of one op as a row."""
+    if isinstance(op, OpRow):
+        return replace(op, kind=custom.KIND)
+    name = custom.op_name(op.name)
+    return custom.uninterpreted_row(name, op.pointwise) if op.meaning is None else custom.function_row(name, op.meaning)
 
 
 def _takes(function: Callable, file: str, what: str, *given: str) -> None:

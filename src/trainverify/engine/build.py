@@ -133,7 +133,25 @@ def assumptions(analysis: Analysis, parallel: Program, notes: Notes) -> list[Ass
         out.append(Assumption("A4", "routing and other data-dependent choices as recorded"))
     if analysis.accepted:
         out.append(Assumption("A5", "decisions accepted by the user choose as the reference does", analysis.accepted))
-    return out + [Assumption(f"A{6 + i}", text, places) for i, (text, places) in enumerate(notes.assumptions)]
+    further = [*_custom(analysis), *notes.assumptions]
+    return out + [Assumption(f"A{6 + i}", text, places) for i, (text, places) in enumerate(further)]
+
+
+def _custom(analysis: Analysis) -> list[tuple[str, tuple[str, ...]]]:
+    """The spec's own ops, as far as the run met them."""
+    rows = [r for r in analysis.table.rows.values() if r.kind == "custom"]
+    if not rows:
+        return []
+    machines = (*analysis.first.reference.machines, *analysis.first.parallel.machines)
+    met: dict[str, dict[str, None]] = {}
+    for m in machines:
+        for call in m.trace.ops:
+            found = analysis.table.lookup(call.name)
+            if found is not None and found.row.kind == "custom":
+                span = m.span(call)
+                met.setdefault(found.row.name, {})[str(span) if span else ""] = None
+    return [(f"{r.name} {r.source}" if r.ctx else f"{r.name} means what its row says ({r.source})", tuple(p for p in met[r.name] if p)[:8])
+            for r in rows if r.name in met]
 
 
 def _places(merged, analysis: Analysis, parallel: Program) -> tuple[str, ...]:

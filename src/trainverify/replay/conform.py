@@ -76,10 +76,18 @@ class Conformance:
         for k, (ref, v, native) in enumerate(zip(call.targets(), values, results)):
             worst = self._disagreement(ref, v, native, scale)
             if worst:
-                machine.diagnose("CONF001", f"{call.name}: our meaning of this op disagrees with torch by {worst:.3g} (result {k})", call,
-                                 severity="internal", notes=(f"shapes {[t.size for t in call.targets()]}",),
-                                 fix="this is a bug in TrainVerify's op table: please report it with the saved traces")
+                self._report(machine, call, found.row.kind == "custom", worst, k)
                 return
+
+    @staticmethod
+    def _report(machine: Machine, call: OpCall, custom: bool, worst: float, k: int) -> None:
+        notes = (f"shapes {[t.size for t in call.targets()]}",)
+        if custom:
+            machine.diagnose("CONF001", f"{call.name}: the meaning that the spec gives to this op disagrees with what it computed by {worst:.3g} "
+                             f"(result {k})", call, notes=notes, fix="mend its meaning in OPS")
+        else:
+            machine.diagnose("CONF001", f"{call.name}: our meaning of this op disagrees with torch by {worst:.3g} (result {k})", call,
+                             severity="internal", notes=notes, fix="this is a bug in TrainVerify's op table: please report it with the saved traces")
 
     def _disagreement(self, ref: TensorRef, v, native: torch.Tensor, scale: float) -> float:
         if v is None or not is_float(ref.dtype) or ref.numel == 0:
