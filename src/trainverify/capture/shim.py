@@ -7,6 +7,7 @@ on a GPU are told of the CPU. Every replaced branch is noted once per line, for 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 import sysconfig
@@ -268,7 +269,17 @@ class _Shim:
                 note("CUDA007", "FullyShardedDataParallel(device_id=...)")
             fsdp_init(self_, module, *args, **{**kwargs, "device_id": _CPU})
 
+        check_hook = ddp._check_comm_hook
+
+        def check_any_hook(self_, hook):
+            """Under another name: by its name torch asks for NCCL where a hook compresses to bfloat16."""
+            def renamed(*args):
+                return hook(*args)
+            renamed.__signature__ = inspect.signature(hook)
+            check_hook(self_, renamed)
+
         self.patches.set(ddp, "__init__", init_ddp)
+        self.patches.set(ddp, "_check_comm_hook", check_any_hook)
         self.patches.set(fsdp, "__init__", init_fsdp)
 
     # -- files

@@ -1,0 +1,54 @@
+"""Correct programs of many kinds are equal to their reference; each one's wrong variant (one changed line) is refuted.
+
+Every function of a spec here is one program, run as the case how=NAME, with wrong=True for its wrong variant.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainverify.engine.options import Options
+from trainverify.report.model import Report
+from trainverify.verify import verify_spec
+
+FOLDER = Path(__file__).parent
+
+QUICK = {
+    "data_parallel": ("bf16_hook", "checkpointed_reentrant", "zero", "fsdp1_flat", "fsdp2_accumulate", "hsdp"),
+    "tensor_parallel": ("parallel_loss", "by_dtensor", "by_hand"),
+}
+SLOW = {
+    "data_parallel": ("static_graph", "find_unused", "bucket_view", "own_hook", "checkpointed", "fsdp1_original", "fsdp2_keep", "fsdp2_mixed"),
+    "tensor_parallel": ("no_sequence",),
+}
+
+
+def programs() -> list:
+    quick = [pytest.param(spec, how, id=f"{spec}-{how}") for spec, hows in QUICK.items() for how in hows]
+    return quick + [pytest.param(spec, how, id=f"{spec}-{how}", marks=pytest.mark.slow) for spec, hows in SLOW.items() for how in hows]
+
+
+def run(spec: str, how: str, wrong: bool = False, steps: int = 2) -> Report:
+    return verify_spec(FOLDER / f"{spec}.py", Options(case={"how": how, **({"wrong": True} if wrong else {})}, steps=steps))
+
+
+def not_equal(report: Report) -> list:
+    return [(o.kind, o.name, o.step, o.verdict, o.reason) for o in report.outputs if o.verdict != "PROVED" and not o.reason.startswith("equal at")]
+
+
+@pytest.mark.parametrize(("spec", "how"), programs())
+def test_a_correct_program_equals_its_reference(spec: str, how: str):
+    report = run(spec, how)
+    assert not [d for d in report.diagnostics if d.severity in ("error", "internal")]
+    assert report.verdict in ("PROVED", "UNKNOWN")
+    assert report.outputs and not_equal(report) == []
+    assert report.bound[0] == report.bound[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "how"), programs())
+def test_its_wrong_variant_is_refuted(spec: str, how: str):
+    report = run(spec, how, wrong=True, steps=1)
+    assert report.verdict == "REFUTED", (report.diagnostics, not_equal(report))
+    assert report.findings
