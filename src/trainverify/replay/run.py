@@ -20,10 +20,11 @@ NATIVE = Tensors()
 
 @dataclass(slots=True)
 class Rendezvous:
-    """Members that have arrived at one collective, with copies of their inputs per algebra ("native" included)."""
+    """Members that have arrived at one collective, with copies of their inputs per algebra ("native" included), and what each gets."""
 
     calls: dict[int, OpCall] = field(default_factory=dict)
     ins: dict[int, dict[str, list]] = field(default_factory=dict)
+    results: dict[int, dict[str, list]] = field(default_factory=dict)
 
 
 class World:
@@ -34,8 +35,7 @@ class World:
         self.by_rank = {m.rank: m for m in self.machines}
         self.algebras = algebras
         self.meetings: dict[tuple, Rendezvous] = defaultdict(Rendezvous)
-        self.arrived: set[tuple[int, int]] = set()
-        self.delivered: set[tuple[int, int]] = set()
+        self.issued: dict[tuple[int, int], OpCall] = {}      # (rank, work): to be completed at its wait
         self.mail: dict[tuple, deque] = defaultdict(deque)
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
@@ -81,23 +81,38 @@ class World:
         if c.kind == "send":
             self.mail[(machine.rank, c.peer, c.group, c.tag)].append(self._send(machine, call))
             return True
-        if c.kind == "recv":
-            if c.work is None:
-                return self._receive(machine, call)
-            machine.pending[c.work] = call
+        if c.kind != "recv":
+            meeting = self.meetings[(c.group, c.group_name, c.seq)]
+            if machine.rank not in meeting.calls:
+                meeting.calls[machine.rank] = call
+                meeting.ins[machine.rank] = self._send(machine, call)
+        if c.work is None:
+            return self._complete(machine, call)
+        machine.pending[c.work] = self.issued[(machine.rank, c.work)] = call
+        return True
+
+    def _complete(self, machine: Machine, call: OpCall) -> bool:
+        """Write what a collective or message delivers on this rank; False while others have not come."""
+        c = call.collective
+        if c.kind == "send":
             return True
-        me = (machine.rank, call.index)
-        meeting = self.meetings[(c.group, c.group_name, c.seq)]
-        if me not in self.arrived:
-            self.arrived.add(me)
-            meeting.calls[machine.rank] = call
-            meeting.ins[machine.rank] = self._send(machine, call)
-        if me not in self.delivered:
-            if len(meeting.calls) < len(c.group):
-                return False
-            self._deliver(meeting, c.group)
-        if c.work is not None:
-            machine.pending[c.work] = call
+        if c.kind == "recv":
+            return self._receive(machine, call)
+        key = (c.group, c.group_name, c.seq)
+        meeting = self.meetings[key]
+        if len(meeting.calls) < len(c.group):
+            return False
+        if not meeting.results:
+            self._meet(meeting, c.group)
+        results = meeting.results.pop(machine.rank)
+        if not meeting.results:
+            del self.meetings[key]
+        self._write_native(machine, call, results["native"])
+        for m in self.algebras:
+            if m.name in results:
+                self._write(machine, m, call, results[m.name])
+        for hook in machine.hooks.after:
+            hook(machine, call, [])
         return True
 
     def _send(self, machine: Machine, call: OpCall) -> dict[str, list]:
@@ -111,26 +126,21 @@ class World:
             out[m.name] = [machine.value(m, r) for r in refs]
         return out
 
-    def _deliver(self, meeting: Rendezvous, group: tuple[int, ...]) -> None:
-        calls = [meeting.calls[r] for r in group]
-        descr = [c.collective for c in calls]
+    def _meet(self, meeting: Rendezvous, group: tuple[int, ...]) -> None:
+        """Every member has come: what each of them gets."""
+        descr = [meeting.calls[r].collective for r in group]
         kinds = {d.kind for d in descr}
         if len(kinds) > 1:
             raise ReplayError(f"members of {group} meet in different collectives: {sorted(kinds)}")
-        native = deliver(NATIVE, descr, [meeting.ins[r]["native"] for r in group])
-        for r, call, values in zip(group, calls, native):
-            self._write_native(self.by_rank[r], call, values)
+        for r, values in zip(group, deliver(NATIVE, descr, [meeting.ins[r]["native"] for r in group])):
+            meeting.results[r] = {"native": values}
         for m in self.algebras:
             ins = [meeting.ins[r][m.name] for r in group]
             if any(not isinstance(v, torch.Tensor) for x in ins for v in x):
                 got = deliver(m, descr, [[m.data(v) if isinstance(v, torch.Tensor) else v for v in x] for x in ins])
-                for r, call, values in zip(group, calls, got):
-                    self._write(self.by_rank[r], m, call, values)
-        for r, call in zip(group, calls):
-            self.delivered.add((r, call.index))
-            machine = self.by_rank[r]
-            for hook in machine.hooks.after:
-                hook(machine, call, [])
+                for r, values in zip(group, got):
+                    meeting.results[r][m.name] = values
+        meeting.ins.clear()
 
     def _write_native(self, machine: Machine, call: OpCall, values: list) -> None:
         for ref, v in zip(call.collective.outputs, values):
@@ -164,9 +174,11 @@ class World:
 
     # ---- tv.* calls
     def _wait(self, machine: Machine, call: OpCall) -> bool:
-        op = machine.pending.get(call.args[0])
-        if op is not None and op.collective.kind == "recv" and not self._receive(machine, op):
+        key = (machine.rank, call.args[0])
+        op = self.issued.get(key)
+        if op is not None and not self._complete(machine, op):
             return False
+        self.issued.pop(key, None)
         machine.pending.pop(call.args[0], None)
         for hook in machine.hooks.waited:
             hook(machine, call)
