@@ -41,6 +41,8 @@ def _internal_error(e: Exception, debug: bool) -> int:
     text = "".join(traceback.format_exception(e))
     kept = _keep("internal-error.txt", (f"trainverify {__version__}, python {sys.version.split()[0]}\n{shlex.join(sys.argv)}\n\n{text}").encode())
     print(f"trainverify: internal error, which is our fault and says nothing about your program: {type(e).__name__}: {e}", file=sys.stderr)
+    for note in getattr(e, "__notes__", ()):
+        print(f"trainverify: {note}", file=sys.stderr)
     print(f"trainverify: attach {kept} to a bug report" if kept else text, file=sys.stderr)
     if debug and kept:
         print(text, file=sys.stderr)

@@ -2,19 +2,39 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.options import Options
 from trainverify.report.model import Phase, Report
 
+KEPT = Path(".trainverify") / "traces"        # traces of a run in which we failed, or that is debugged
+INDEX = "capture.json"
+
 
 def _quiet(phase: str, detail: str = "", fraction: float | None = None) -> None:
     """Progress that nobody watches."""
 
+
+class CaptureIndex(msgspec.Struct):
+    """What a folder of traces says of its making."""
+
+    spec: str                                 # absolute path, "" for functions
+    crc32: int
+    ops: bool                                 # the spec explains operations: its file is needed to verify
+    case: dict[str, Any]
+
+
+# ---- entry points
 
 def verify_spec(path: str | os.PathLike, options: Options = Options(), progress: Callable = _quiet) -> Report:
     """Capture the spec's two programs and verify them. User faults are in the report (verdict ERROR), never raised."""
@@ -24,14 +44,18 @@ def verify_spec(path: str | os.PathLike, options: Options = Options(), progress:
 
 
 def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | None = None, steps: int = 2, seed: int = 0,
-           timeout: float = 300.0, accept: tuple[str, ...] = (), ops=()) -> Report:
+           timeout: float = 300.0, accept: Sequence[str] = (), ops: Sequence = (), dry_run: bool = False) -> Report:
     """Verify a spec file, or two functions as a spec file would define them (ops: as its OPS)."""
-    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept))
+    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run)
     if parallel is None:
+        if callable(reference):
+            raise TypeError("verify(reference, parallel): give both functions, or the path of a spec")
+        if ops:
+            raise TypeError("verify(spec, ops=...): a spec file has its own OPS")
         return verify_spec(reference, options)
     from trainverify.capture.spec import spec_of
 
-    return _verify(lambda: spec_of(reference, parallel, ranks, ops), options, _quiet, getattr(parallel, "__module__", ""))
+    return _verify(lambda: spec_of(reference, parallel, ranks, ops), options, _quiet, "")
 
 
 def assert_equivalent(reference, parallel=None, **options) -> Report:
@@ -40,7 +64,8 @@ def assert_equivalent(reference, parallel=None, **options) -> Report:
     Until every proof exists, outputs that are equal in the field count as passed; the report says so.
     """
     report = verify(reference, parallel, **options)
-    if report.exit_code not in (0, 3) or any(o.verdict == "UNKNOWN" and not o.reason.startswith("equal") for o in report.outputs):
+    undecided = any(o.verdict != "PROVED" and not (o.verdict == "UNKNOWN" and o.reason.startswith("equal at")) for o in report.outputs)
+    if report.exit_code not in (0, 3) or undecided or not report.outputs:
         from trainverify.report.text import render
 
         raise AssertionError("\n" + render(report))
@@ -51,26 +76,35 @@ def capture_spec(path, out: Path, options: Options = Options(), progress: Callab
     """Capture only; the traces stay in `out`, and verify_dir works from them. The report has no outputs: nothing was compared."""
     from trainverify.capture.spec import load_spec
 
-    return _verify(lambda: load_spec(Path(path)), replace(options, workdir=Path(out), keep=True), progress, str(path), compare=False)
+    report = _verify(lambda: load_spec(Path(path)), replace(options, workdir=Path(out), keep=True), progress, str(path), compare=False)
+    report.mode = "capture"
+    return report
 
 
 def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) -> Report:
-    """Verify from traces on disk, as `capture_spec` wrote them."""
-    from trainverify.ir.files import load_program
-
-    def programs():
-        return load_program(Path(path) / "reference"), load_program(Path(path) / "parallel")
-
-    started = time.perf_counter()
+    """Verify from traces on disk, as `capture_spec` wrote them. A spec that explains operations must still be where it was."""
     report = Report(spec=str(path), steps=options.steps, seed=options.seed)
-    return _finish(report, started, lambda: _analyse(report, *programs(), (), options, progress))
 
+    def body() -> None:
+        from trainverify.ir.files import load_program
+
+        folder = Path(path)
+        reference, parallel = load_program(folder / "reference"), load_program(folder / "parallel")
+        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=CaptureIndex) if (folder / INDEX).is_file() else CaptureIndex("", 0, False, {})
+        report.steps, report.case = reference.traces[0].steps, index.case
+        _analyse(report, reference, parallel, _rows_again(index, reference, parallel, report), options, progress)
+
+    return _finish(report, options, body)
+
+
+# ---- the parts in order
 
 def _verify(load: Callable, options: Options, progress: Callable, name: str, compare: bool = True) -> Report:
-    started = time.perf_counter()
-    report = Report(spec=name, case=dict(options.case), steps=options.steps, seed=options.seed)
+    report = Report(spec=name, case=dict(options.case), steps=options.steps, seed=options.seed, mode="dry-run" if options.dry_run else "verify")
+    if options.keep and options.workdir is None:
+        options = replace(options, workdir=KEPT)
 
-    def body():
+    def body() -> None:
         from trainverify.capture.session import capture
 
         spec = load()
@@ -82,29 +116,66 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str, com
         report.peak_memory = max(report.peak_memory, captured.peak_memory)
         if captured.parallel is None or captured.reference is None:
             report.verdict = "ERROR"
-        elif compare:
+            return
+        report.ops = sum(len(t.ops) for p in (captured.reference, captured.parallel) for t in p.traces)
+        if options.workdir is not None:
+            _write_index(options.workdir, spec, captured.case)
+        if compare:
             _analyse(report, captured.reference, captured.parallel, spec.op_rows(), options, progress)
 
-    return _finish(report, started, body)
+    return _finish(report, options, body)
 
 
-def _finish(report: Report, started: float, body: Callable) -> Report:
+def _finish(report: Report, options: Options, body: Callable[[], None]) -> Report:
+    from trainverify.report.versions import versions
+
+    started = time.perf_counter()
     try:
         body()
     except Fault as fault:
         report.diagnostics += fault.diagnostics
         report.verdict = "ERROR"
     report.seconds = time.perf_counter() - started
-    report.rerun = rerun_line(report)
+    report.peak_memory = max(report.peak_memory, _own_peak())
+    report.versions = versions()
+    report.rerun = rerun_line(report, options)
     return report
 
 
-def rerun_line(report: Report) -> str:
-    case = ",".join(f"{k}={v}" for k, v in report.case.items())
-    return f"trainverify verify {report.spec}" + (f" --case {case}" if case else "") + f" --seed {report.seed}"
+def _own_peak() -> int:
+    """Bytes that this process held at most."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def rerun_line(report: Report, options: Options) -> str:
+    """The command that repeats the run; "" where functions were verified, which no command can name."""
+    if not report.spec:
+        return ""
+    words = ["trainverify", "verify", report.spec]
+    words += ["--case", ",".join(f"{k}={v}" for k, v in report.case.items())] if report.case and not Path(report.spec).is_dir() else []
+    words += ["--ranks", str(options.ranks)] if options.ranks is not None else []
+    words += ["--steps", str(options.steps)] if options.steps != Options().steps else []
+    words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
+    return shlex.join([*words, "--seed", str(report.seed)])
 
 
 def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
+    try:
+        _compare(report, reference, parallel, extra_rows, options, progress)
+    except Fault:
+        raise
+    except Exception as error:                # our own: whoever reports it needs the traces
+        kept = _keep_traces(reference, parallel)
+        if kept:
+            error.add_note(f"the traces are kept in {kept}")
+        raise
+    if any(d.severity == "internal" for d in report.diagnostics) and (kept := _keep_traces(reference, parallel)):
+        report.diagnostics.append(Diagnostic("CONF003", f"the traces are kept in {kept}: attach them to a bug report", "note"))
+
+
+def _compare(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
     from trainverify.diagnose.explain import explain
     from trainverify.diagnose.origin import Watch
     from trainverify.engine.analysis import analyse, survey
@@ -123,4 +194,46 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
         findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups, early)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
     fill(report, analysis, reference, parallel, groups, findings, explained)
-    report.warnings = weak_spec(analysis, parallel, groups, options.steps)
+    report.warnings = weak_spec(analysis, parallel, groups, report.steps)
+
+
+# ---- traces on disk
+
+def _keep_traces(reference, parallel) -> str:
+    """Save both programs for a bug report; where, or "" if that cannot be done."""
+    from trainverify.ir.files import save_program
+
+    try:
+        for program, side in ((reference, "reference"), (parallel, "parallel")):
+            save_program(program, KEPT / side)
+    except OSError:
+        return ""
+    return str(KEPT)
+
+
+def _write_index(folder: Path, spec, case: dict) -> None:
+    """Note beside the traces from where they come."""
+    file = Path(spec.path).resolve() if spec.path else None
+    crc = zlib.crc32(file.read_bytes()) if file is not None and file.is_file() else 0
+    (Path(folder) / INDEX).write_bytes(msgspec.json.encode(CaptureIndex(str(file or ""), crc, bool(spec.ops), case), enc_hook=str))
+
+
+def _rows_again(index: CaptureIndex, reference, parallel, report: Report) -> tuple:
+    """The spec's own op rows. Its file is loaded if it explains operations, or registers some that the traces call."""
+    from trainverify.capture.spec import load_spec
+    from trainverify.replay.native import unregistered
+
+    missing = unregistered(reference, parallel)
+    if not index.ops and not missing:
+        return ()
+    what = f"registers {missing[0]}" if missing else "says what its own operations mean"
+    if not Path(index.spec).is_file():
+        raise Fault(Diagnostic("FILE004", f"the spec that {what} is needed, and is not at {index.spec or 'a known place'}",
+                               fix="put the spec back, or capture again"))
+    if zlib.crc32(Path(index.spec).read_bytes()) != index.crc32:
+        report.diagnostics.append(Diagnostic("FILE005", f"{index.spec} has changed since the capture; its OPS are taken as they are now", "warning",
+                                             fix="capture again if anything else in it has changed"))
+    rows = load_spec(index.spec).op_rows()
+    if missing := unregistered(reference, parallel):
+        raise Fault(Diagnostic("FILE004", f"the traces call {missing[0]}, which {index.spec} does not register", fix="capture again"))
+    return rows

@@ -1,6 +1,8 @@
 """Matches the parallel program's decisions with the reference's: what float data chose must be chosen by the same values."""
 from __future__ import annotations
 
+import os
+
 import torch
 
 from trainverify.algebra.base import Complex
@@ -11,13 +13,15 @@ from trainverify.replay.run import World
 
 def match_decisions(reference: World, parallel: World, field, real, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:
     """A diagnostic for each parallel decision some of whose operands are no reference decision's (by fingerprint: a guess, so
-    that equality here never proves anything, and a mismatch only withholds a verdict); and the places of those that were accepted."""
+    that equality here never proves anything, and a mismatch only withholds a verdict), and for each place in `accept` (FILE:LINE)
+    that accepts none; and the places of those that were accepted."""
     known: dict[str, set[int]] = {}
     for machine in reference.machines:
         for d in machine.decisions:
             known.setdefault(d.kind, set()).update(_prints(field, d))
     out: dict[tuple, Diagnostic] = {}
     accepted: dict[str, None] = {}
+    used: set[str] = set()
     for machine in parallel.machines:
         for d in machine.decisions:
             span = machine.span(d.call)
@@ -26,7 +30,8 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             strange = prints - known.get(d.kind, set())
             if not strange:
                 continue
-            if any(place == a or place.endswith(f"/{a}") for a in accept if place):
+            if by := [a for a in accept if place and _names(a, place)]:
+                used.update(by)
                 accepted[place] = None
                 continue
             key = (d.kind, place)
@@ -37,7 +42,16 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
                 f"({len(strange)} of {len(prints)} operands)", "error", span, ranks,
                 (f"{d.call.name}; the reference decides by {len(known.get(d.kind, ()))} values of this kind",),
                 f"make both sides decide by the same values, or accept it: --accept {place}")
-    return list(out.values()), tuple(accepted)
+    idle = [Diagnostic("ACC001", f"--accept {a} accepts nothing: no unmatched decision is made there", "warning",
+                       fix="leave it out, or name the line that a REL008 of this run names") for a in accept if a not in used]
+    return [*out.values(), *idle], tuple(accepted)
+
+
+def _names(given: str, place: str) -> bool:
+    """Whether the user's FILE:LINE (absolute, relative to the working folder, or the end of a path) is this place."""
+    file, _, line = given.rpartition(":")
+    short = os.path.normpath(file)
+    return place in (f"{short}:{line}", f"{os.path.abspath(file)}:{line}") or place.endswith(f"/{short}:{line}")
 
 
 def _words(kind: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, tensors
+from trainverify.ir.trace import Arg, Name, OpCall, Program, ScalarRef, Sequence, TensorRef, Trace, tensors
 from trainverify.ops.access import makes_garbage
 from trainverify.ops.access import unread
 from trainverify.replay.errors import ReplayError
@@ -131,6 +131,17 @@ class NativeMemory:
         before = self.storage(sid).nbytes()
         self.storage(sid).resize_(nbytes)
         _zero(self.storage(sid), before)
+
+
+def unregistered(*programs: Program) -> list[str]:
+    """Operations in the traces that torch does not know here: whoever defines them has not been imported."""
+    names = {c.name for p in programs for t in p.traces for c in t.ops if c.collective is None and not c.name.startswith(("tv.", "aten.", "fsdp."))}
+    missing = []
+    for name in sorted(names):
+        ns, op, overload = name.split(".")
+        if not hasattr(getattr(torch.ops, ns), op) or not hasattr(getattr(getattr(torch.ops, ns), op), overload):
+            missing.append(name)
+    return missing
 
 
 def _zero(storage: torch.UntypedStorage, start: int) -> None:
