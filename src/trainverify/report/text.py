@@ -318,7 +318,7 @@ def _summary(report: Report, width: int, saved: str, traces: str) -> list[str]:
     counts = [f"{report.count(v)} {v.lower()}" for v in ("PROVED", "REFUTED", "UNKNOWN")]
     counts += [f"{report.count('ERROR')} error"] if report.count("ERROR") else []
     cost = f"{report.seconds:.1f} s" + (f", {memory_text(report.peak_memory)}" if report.peak_memory else "")
-    parts = [*([", ".join(counts)] if report.mode == "verify" else []), cost, *([f"report: {short_path(saved)}"] if saved else [])]
+    parts = [*([", ".join(counts)] if report.outputs else []), cost, *([f"report: {short_path(saved)}"] if saved else [])]
     kept = [f"traces: {short_path(traces)} (to verify them: trainverify verify {shlex.quote(short_path(traces))})"] if traces else []
     return join_wrapped(parts, " | ", width) + kept + ([f"rerun: {report.rerun}"] if report.rerun else [])
 
