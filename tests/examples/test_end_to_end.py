@@ -43,7 +43,10 @@ def places(report: Report) -> set[tuple[str, int]]:
     return {(str(Path(s.file)), s.line) for s in spans if s is not None}
 
 
-@pytest.mark.parametrize("twin", TWINS, ids=lambda t: t.path.stem)
+QUICK = {"norm_grads_not_reduced", "microbatch_mean", "read_before_wait"}
+
+
+@pytest.mark.parametrize("twin", [pytest.param(t, marks=() if t.path.stem in QUICK else pytest.mark.slow, id=t.path.stem) for t in TWINS])
 def test_a_wrong_twin_is_caught_at_its_line(twin: Twin):
     report = run(twin.path, {})
     assert report.verdict in twin.verdicts
