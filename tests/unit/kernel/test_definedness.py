@@ -91,6 +91,13 @@ def test_given_signs_of_leaves(sign, root, quotient, log):
     assert decided(w.prove(x, w.exp(w.log(x)))) == log
 
 
+def test_powers_of_what_may_be_zero():
+    w = World()
+    v = w.leaf("v", NONNEGATIVE)
+    assert decided(w.prove(w.lift(1), v ** Fraction(1, 2) * v ** Fraction(-1, 2))) == "definedness"
+    assert decided(w.prove(v, v ** Fraction(1, 2) * v ** Fraction(1, 2))) == "proved"
+
+
 def test_a_leaf_that_is_given_zero():
     w = World()
     x = w.leaf("x", ZERO)

@@ -206,13 +206,21 @@ def roots_of_products(w, wrong):
             (w.sqrt(z * (x * x + y * y)), w.sqrt(x * x + y * y) * w.sqrt(z)), (w.sqrt(v * v * z), v * w.sqrt(z)),
             (w.sqrt(4 * x * x + 4 * y * y), 2 * w.sqrt(y * y + x * x)), (w.sqrt(z**3), z * w.sqrt(z)), (w.sqrt(1 / (z + 1)), 1 / w.sqrt(1 + z)),
             (w.log(w.sqrt(z) / (1 + z)), w.log(z) / 2 - w.log(1 + z)), (w.exp(w.log(z + 1) * Fraction(-3, 2)), 1 / ((1 + z) * w.sqrt(1 + z))),
-            (w.exp(w.log(z) / 3) ** 3, z), (w.sqrt(w.lift(50)) * w.sqrt(w.lift(Fraction(9, 2))), w.lift(15))]
+            (w.exp(w.log(z) / 3) ** 3, z),
+            (w.sqrt(z * (x + y)), w.sqrt(x + y) * w.sqrt(z)), (w.sqrt(v), v ** Fraction(1, 2)), (1 / w.sqrt(z), z ** Fraction(-1, 2)), (w.sqrt(w.lift(50)) * w.sqrt(w.lift(Fraction(9, 2))), w.lift(15))]
+
+
+def late_facts(w, wrong):
+    """A sign that a later condition, or the other side's form, tells."""
+    x, y, z, v = w.leaf("x"), w.leaf("y"), w.leaf("z"), w.leaf("v", NONNEGATIVE)
+    return [(w.sqrt(x * x) + w.log(x), (2 if wrong else 1) * x + w.log(x)),
+            (w.sqrt((y * y - 2 * (y * z) + z * z) * v), w.sqrt(v) * w.sqrt((y - z) * (y - z)))]
 
 
 IDENTITIES = {f.__name__: f for f in (
     layer_norm, layer_norm_backward, rms_norm_backward, softmax_shift, softmax_backward, label_smoothing, adamw_bias_correction, clipped_norm,
     sigmoid_forms, scale_split, root_sum, equal_arguments, token_weights, bias_before_reduction, rotary_inverse,
-    nested_maxima, roots_of_products)}
+    nested_maxima, roots_of_products, late_facts)}
 IDENTITIES |= {f"online_merge_{n}": online_merge(n) for n in (2, 4)} | {f"logsumexp_merge_{n}": logsumexp_merge(n) for n in (2, 4)}
 
 
