@@ -22,6 +22,7 @@ from trainverify.capture.encode import Encoder, LazyBits, NotStrided
 from trainverify.capture.opinfo import OpInfo
 from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
+from trainverify.capture.scalars import TrackedFloat
 from trainverify.capture.spans import Spans
 from trainverify.capture.userframes import is_user_file
 from trainverify.diagnostics import Diagnostic, Fault
@@ -44,6 +45,8 @@ class Recorder(TorchDispatchMode):
         self.notes: list[Note] = []
         self.pending_scalars: list = []
         self.last_item: ScalarRef | None = None
+        self.reading = False
+        self._given: list[TrackedFloat] = []   # tensors that torch has read as numbers for the call that is to come
         self.encoder = Encoder(self.pending_scalars)
         self.spans = Spans()
         self.blobs = self.encoder.blobs
@@ -140,6 +143,8 @@ class Recorder(TorchDispatchMode):
         except LazyBits:
             return self._record(info, func, *self._without_lazy_bits(info, args, kwargs or {}))
         digest_in = crc(self._read_by(info, args, kwargs))
+        if self._given:
+            self._take_given()
         span = self.spans.here()
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, torch.Tensor) and result.is_meta:
@@ -220,10 +225,19 @@ class Recorder(TorchDispatchMode):
         outs: Arg = value
         if isinstance(value, float):
             outs = self.last_item = self._new_scalar(value)
+            if not self.reading:
+                self._given.append(TrackedFloat(value, outs, self))
+                self.pending_scalars.append(self._given[-1])
         elif isinstance(value, complex):
             outs = Name("complex", repr(value))
         self.append(info.name, (self.encoder.arg(args[0]),), outs=outs, reads=args)
         return value
+
+    def _take_given(self) -> None:
+        """The call that they were given to has been encoded."""
+        given = {id(x) for x in self._given}
+        self.pending_scalars[:] = [x for x in self.pending_scalars if id(x) not in given]
+        self._given.clear()
 
     # ---- calls of our own
     def append(self, name: str, args: tuple[Arg, ...], *, outs: Arg = None, writes: tuple[TensorRef, ...] = (), kwargs: dict | None = None,

@@ -23,11 +23,13 @@ from trainverify.ir.trace import ScalarRef
 class Sink(Protocol):
     """Where scalars are recorded. An argument is a ScalarRef or a plain number.
 
-    `last_item` is set by the recorder at every aten._local_scalar_dense that it records. During a torch call that was given
+    `last_item` is set by the recorder at every aten._local_scalar_dense that it records; `reading` is true while it is asked for by
+    the call being handled, else torch itself reads a tensor that was given in place of a number. During a torch call that was given
     tracked floats, these are in `pending_scalars`: a float argument of a recorded op that equals one bitwise is that one.
     """
 
     last_item: ScalarRef | None
+    reading: bool
     pending_scalars: list[TrackedFloat]
 
     def scalar(self, op: str, args: tuple, value: float) -> ScalarRef: ...
@@ -271,8 +273,11 @@ class ScalarMode(ReentrantMode):
 
     def _read(self, func, args, kwargs):
         """A call that reads one element: its result and the reference that the recorder gave it."""
-        self.sink.last_item = None
-        return call_through(func, args, kwargs), self.sink.last_item
+        self.sink.last_item, self.sink.reading = None, True
+        try:
+            return call_through(func, args, kwargs), self.sink.last_item
+        finally:
+            self.sink.reading = False
 
     def _item(self, func, args, kwargs):
         value, ref = self._read(func, args, kwargs)
