@@ -91,3 +91,16 @@ def test_gradients(shape, eps, dim, keep):
 
 def test_every_row_was_checked():
     assert_covered(normalise.rows)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4, torch.finfo(torch.float32).min])
+def test_rows_far_from_zero_stay_finite(shift):
+    """Masks made of large numbers, and large scores: over the reals their softmax is that of the differences."""
+    m, x = Real(), rnd(3, 5)
+    x[1] += shift
+    for name, function in (("_softmax", torch.softmax), ("_log_softmax", torch.log_softmax)):
+        got = TABLE().lookup(f"aten.{name}.default").row.meaning(m, m.data(x), -1, False).t
+        torch.testing.assert_close(got, function(x, -1))
+    for dims, keep in (([1], False), ([0, 1], True)):
+        got = TABLE().lookup("aten.logsumexp.default").row.meaning(m, m.data(x), dims, keep).t
+        torch.testing.assert_close(got, torch.logsumexp(x, dims, keep))

@@ -75,6 +75,9 @@ class Algebra(Protocol):
     def minimum(self, a: V, b: V) -> V: ...
     def amax(self, a: V, dims: Sequence[int], keepdim: bool = False) -> V: ...
     def amin(self, a: V, dims: Sequence[int], keepdim: bool = False) -> V: ...
+    def peak(self, a: V, dims: Sequence[int]) -> V | None:
+        """What to subtract before exp where a result does not depend on it (softmax): the finite maximum over dims, kept, in an
+        algebra whose exp overflows; None in an exact one."""
     def compare(self, op: str, a: V, b: V) -> V:
         """0/1-valued; op is gt, ge, lt, le, eq or ne."""
     def where(self, mask: V | torch.Tensor, a: V, b: V) -> V:

@@ -136,6 +136,12 @@ class Real:
     def amin(self, a, dims: Sequence[int] = (), keepdim: bool = False):
         return RealValue(a.t.amin(tuple(dims), keepdim))
 
+    def peak(self, a, dims: Sequence[int]):
+        if 0 in a.t.shape or not dims:
+            return None
+        top = a.t.amax(tuple(dims), True)
+        return RealValue(torch.where(top.isfinite(), top, 0.0))
+
     def compare(self, op: str, a, b):
         return RealValue(COMPARISONS[op](a.t, b.t).to(F64))
 

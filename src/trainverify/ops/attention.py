@@ -12,7 +12,7 @@ import torch
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ops import lift as L
 from trainverify.ops.lift import lift
-from trainverify.ops.normalise import known_zero
+from trainverify.ops.normalise import known_zero, steady
 from trainverify.ops.table import Rows
 
 rows = Rows("attention")
@@ -68,13 +68,15 @@ def flash_attention(m, query, key, value, dropout_p=0.0, is_causal=False, *, att
     _no_dropout(dropout_p)
     _, _, v, s, _, _ = _operands(m, query, key, value, attn_mask, is_causal, scale)
     out_shape = (*query.shape[:3], value.shape[-1])
+    s, peak = steady(m, s, [4])
     e = m.exp(s)
     z = m.sum(e, [4], True)
     native = ctx.native[0]
     dead = known_zero(m, z, (native == 0).all(-1).reshape(z.shape))
     z = m.where(dead, m.const(1), z) if dead.any() else z
     out = m.matmul(m.div(e, z), v)
-    return [m.reshape(out, out_shape), m.reshape(m.log(z), out_shape[:3])]
+    lse = m.log(z) if peak is None else m.add(m.log(z), peak)
+    return [m.reshape(out, out_shape), m.reshape(lse, out_shape[:3])]
 
 
 @rows("aten._scaled_dot_product_flash_attention_for_cpu_backward", source="Dao et al., FlashAttention (2022), algorithm 4")

@@ -1,6 +1,6 @@
 """Rows of softmax, layer, RMS and group normalisation, forward and backward (trusted).
 
-No maximum is subtracted: over the reals it cancels. exp(-inf) is 0 exactly, so masked entries vanish; a row that is masked
+A maximum is subtracted only where exp would overflow: over the reals it cancels. exp(-inf) is 0 exactly, so masked entries vanish; a row that is masked
 throughout is 0/0. Backward ops compute with the mean, the scale and the output that they are given.
 """
 from __future__ import annotations
@@ -19,7 +19,17 @@ rows = Rows("normalise")
 # ---- softmax
 def sums(m, x, dim: int, keepdim: bool = True):
     """The sum over one dimension (of a tensor without dimensions: itself)."""
-    return L.total(m, x, [dim % len(x.shape)] if x.shape else [], keepdim)
+    return L.total(m, x, _along(x, dim), keepdim)
+
+
+def steady(m, x, dims):
+    """x less something that is the same along dims, and what that is (None: 0)."""
+    peak = m.peak(x, dims)
+    return (x, None) if peak is None else (m.sub(x, peak), peak)
+
+
+def _along(x, dim: int) -> list[int]:
+    return [dim % len(x.shape)] if x.shape else []
 
 
 def known_zero(m, z, candidates: torch.Tensor) -> torch.Tensor:
@@ -34,14 +44,16 @@ def known_zero(m, z, candidates: torch.Tensor) -> torch.Tensor:
 @rows("aten._softmax", source="torch.softmax")
 def softmax(m, self, dim, half_to_float):
     """exp(x) / sum of exp(x)"""
-    e = m.exp(L.cast(m, self, torch.float32 if half_to_float else None))
+    x = L.cast(m, self, torch.float32 if half_to_float else None)
+    e = m.exp(steady(m, x, _along(x, dim))[0])
     return m.div(e, sums(m, e, dim))
 
 
 @rows("aten._safe_softmax", source="torch.nn.functional.scaled_dot_product_attention", ctx=True)
 def safe_softmax(m, self, dim, dtype=None, *, ctx):
     """softmax, and 0 in rows that are masked throughout"""
-    e = m.exp(L.cast(m, self, dtype))
+    x = L.cast(m, self, dtype)
+    e = m.exp(steady(m, x, _along(x, dim))[0])
     z = sums(m, e, dim)
     dead = known_zero(m, z, (ctx.native[0] == 0).all(dim, keepdim=True))
     return m.div(e, m.where(dead, m.const(1), z) if dead.any() else z)
@@ -51,6 +63,7 @@ def safe_softmax(m, self, dim, dtype=None, *, ctx):
 def log_softmax(m, self, dim, half_to_float):
     """x - log of the sum of exp(x)"""
     x = L.cast(m, self, torch.float32 if half_to_float else None)
+    x, _ = steady(m, x, _along(x, dim))
     return m.sub(x, m.log(sums(m, m.exp(x), dim)))
 
 

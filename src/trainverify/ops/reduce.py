@@ -51,7 +51,12 @@ def cumsum(m, self, dim, *, dtype=None):
 def logsumexp(m, self, dim, keepdim=False):
     """log of the sum of exp"""
     x = lift(m, self)
-    return m.log(L.total(m, m.exp(x), dims_of(dim, len(x.shape)), keepdim))
+    dims = dims_of(dim, len(x.shape)) or list(range(len(x.shape)))
+    peak = m.peak(x, dims)
+    if peak is None:
+        return m.log(L.total(m, m.exp(x), dims, keepdim))
+    out = m.add(m.log(L.total(m, m.exp(m.sub(x, peak)), dims, True)), peak)
+    return out if keepdim else m.reshape(out, [n for d, n in enumerate(x.shape) if d not in dims])
 
 
 # ---- variance
