@@ -1,0 +1,261 @@
+"""Choices that float data makes: by the same values on both sides, or the verdict is withheld with the line."""
+import torch
+
+from judge import assert_equal, assert_line, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, line_of, summary
+from programs import compare_forward
+
+
+# -- comparisons inside tensors are no decisions: 0/1-valued, equal if their operands are
+
+def positive(h):
+    return torch.where(h > 0, h, 0 * h)
+
+
+def test_same_threshold():
+    def same(h):
+        return torch.where(0 < h, h, h * 0)
+    assert_equal(compare_forward(positive, same))
+
+
+def test_threshold_of_where_that_no_recorded_element_meets():
+    def shifted(h):
+        return torch.where(h > 1e-4, h, 0 * h)
+    report = compare_forward(positive, shifted)
+    assert_not_refuted(report)
+    assert_not_equal(report, "loss")
+    assert_line(report, line_of(shifted, "where"))
+
+
+def test_threshold_of_where_that_recorded_elements_meet():
+    def shifted(h):
+        return torch.where(h > 0.5, h, 0 * h)
+    assert_refuted(compare_forward(positive, shifted), line_of(shifted, "where"))
+
+
+def masked(h):
+    return h * (h > 0).float()
+
+
+def test_mask_made_float():
+    def same(h):
+        return torch.mul((h > 0).to(h.dtype), h)
+
+    def shifted(h):
+        return h * (h > -1e-4).float()
+
+    assert_equal(compare_forward(masked, same))
+    assert_not_equal(compare_forward(masked, shifted), "loss")
+
+
+def test_sign():
+    def sign(h):
+        return h + h.sign()
+
+    def shifted(h):
+        return h + (h + 1e-5).sign()
+
+    assert_equal(compare_forward(sign, sign))
+    assert_not_equal(compare_forward(sign, shifted), "loss")
+
+
+def test_mask_of_nonzero_elements():
+    def plain(h):
+        return h * 1
+
+    def nonzero(h):
+        return h * h.bool().float()
+
+    assert_not_refuted(compare_forward(plain, nonzero))        # true of all numbers, but by a law of comparisons
+
+
+def test_min_for_max():
+    def largest(h):
+        return torch.maximum(h, h * h)
+
+    def swapped(h):
+        return torch.maximum(h * h, h)
+
+    def least(h):
+        return torch.minimum(h, h * h)
+
+    assert_equal(compare_forward(largest, swapped))
+    assert_refuted(compare_forward(largest, least), line_of(least, "minimum"))
+
+
+def test_clamp_that_does_not_bind():
+    def plain(h):
+        return h * 1
+
+    def clamped(h):
+        return h.clamp(max=1000.0)
+
+    report = compare_forward(plain, clamped)
+    assert_not_equal(report, "loss")
+    assert_not_refuted(report)
+
+
+# -- casts to integers
+
+def truncated(h):
+    return h * (h * 10).long().float()
+
+
+def test_same_cast():
+    def same(h):
+        return (10 * h).long().float() * h
+    assert_equal(compare_forward(truncated, same))
+
+
+def test_cast_of_another_value():
+    def shifted(h):
+        return h * (h * 10 + 1e-5).long().float()
+    assert_unknown(compare_forward(truncated, shifted), "REL008", line_of(shifted, "1e-5"))
+
+
+def test_round_trip_through_integers():
+    def through(h):
+        return h + h.long().float()
+
+    def scaled(h):
+        return h + (h * 0.9999999).int().float()
+
+    assert_unknown(compare_forward(through, scaled), "REL008", line_of(scaled, "int()"))
+
+
+def test_accepted_cast_is_an_assumption():
+    def shifted(h):
+        return h * (h * 10 + 1e-5).long().float()
+    line = line_of(shifted, "1e-5")
+    report = compare_forward(truncated, shifted, accept=(f"test_decisions.py:{line}",))
+    assert_equal(report)
+    assert any(f"test_decisions.py:{line}" in place for a in report.assumptions for place in a.places), report.assumptions
+
+
+# -- routing
+
+def routed(h):
+    scores = h.softmax(-1)
+    chosen = scores.topk(2).indices
+    return h + torch.zeros_like(h).scatter(1, chosen, scores.gather(1, chosen))
+
+
+def test_same_routing_in_other_words():
+    def by_mask(h):
+        scores = h.softmax(-1)
+        chosen = scores.topk(2).indices
+        return h + scores * torch.zeros_like(h).scatter(1, chosen, 1.0)
+    assert_equal(compare_forward(routed, by_mask))
+
+
+def test_routing_on_other_scores():
+    def rescored(h):
+        scores = h.softmax(-1)
+        chosen = (scores * (1 + 1e-6 * h)).topk(2).indices
+        return h + torch.zeros_like(h).scatter(1, chosen, scores.gather(1, chosen))
+    assert_unknown(compare_forward(routed, rescored), "REL008", line_of(rescored, "topk"))
+
+
+def test_routing_to_other_experts():
+    def least(h):
+        scores = h.softmax(-1)
+        chosen = scores.topk(2, largest=False).indices
+        return h + torch.zeros_like(h).scatter(1, chosen, scores.gather(1, chosen))
+    assert_refuted(compare_forward(routed, least))
+
+
+def test_integers_of_a_decision_make_no_new_one():
+    def dense(h):
+        chosen = h.softmax(-1).topk(1).indices
+        return h * (chosen + 1).float()
+
+    def by_expert(h):
+        chosen = h.softmax(-1).topk(1).indices.view(-1)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=6).tolist()
+        parts = [part * (e + 1) for e, part in enumerate(h[order].split(counts))]
+        return torch.cat(parts)[order.argsort()]
+
+    assert_equal(compare_forward(dense, by_expert))
+
+
+def test_sort():
+    def by_sort(h):
+        return h.sort(-1).values
+
+    def by_index(h):
+        return h.gather(-1, h.sort(-1).indices)
+
+    def other_keys(h):
+        return h.gather(-1, (h * (1 + 1e-6 * torch.arange(6))).argsort(-1))
+
+    assert_equal(compare_forward(by_sort, by_index))
+    assert_unknown(compare_forward(by_sort, other_keys), "REL008", line_of(other_keys, "argsort"))
+
+
+def test_boolean_index():
+    def kept(h):
+        return h[h > 0].square().sum()
+
+    def same(h):
+        return (h * h)[h > 0].sum()
+
+    def shifted(h):
+        return h[h > -1e-5].square().sum()
+
+    assert_equal(compare_forward(kept, same))
+    assert_unknown(compare_forward(kept, shifted), "REL008", line_of(shifted, "h["))
+
+
+# -- Python
+
+def test_branch_on_item():
+    def plain(h):
+        return h.square().mean()
+
+    def branching(h):
+        loss = h.square().mean()
+        return loss * 2 if loss.item() > 1000 else loss
+
+    report = compare_forward(plain, branching)
+    assert_unknown(report, "REL008", line_of(branching, "1000"))
+
+
+def test_same_branch_on_both_sides():
+    def branching(h):
+        loss = h.square().mean()
+        return loss * 2 if loss.item() > 1e-3 else loss
+
+    def on_tensor(h):
+        loss = (h * h).sum() / h.numel()
+        return loss + loss if loss.item() > 1e-3 else loss
+
+    assert_equal(compare_forward(branching, on_tensor))
+
+
+def test_branch_on_a_tensor():
+    def plain(h):
+        return h.square().mean()
+
+    def guarded(h):
+        if h.isnan().any():
+            raise ValueError("not a number")
+        return h.square().mean()
+
+    report = compare_forward(plain, guarded)
+    assert_not_refuted(report)
+    assert "REL008" in codes(report) or all(o.reason.startswith("equal") for o in report.outputs), summary(report)
+
+
+def test_constant_that_was_a_value():
+    def of_all(h):
+        return h.square().sum() * h.max().item()
+
+    def of_some(h):
+        return h.square().sum() * h[h > -99].max().item()
+
+    def as_tensor(h):
+        return h.square().sum() * h.detach().max()
+
+    assert_equal(compare_forward(of_all, as_tensor))
+    assert_equal(compare_forward(as_tensor, of_all))
+    assert_unknown(compare_forward(of_all, of_some), "REL008", line_of(of_some, "item"))
