@@ -78,11 +78,11 @@ def _route(func: torch._ops.OpOverload, base: str) -> int:
         return RESIZE
     if base == "aten._efficientzerotensor":
         return ZERO
-    if base in _VIEWS or _is_view(func):
+    if base in _VIEWS:
         return VIEW
     if func.namespace == "aten" and func._can_decompose():
-        return DECOMPOSE
-    return RECORD
+        return DECOMPOSE                       # some that look like views copy: contiguous, reshape, to
+    return VIEW if _is_view(func) else RECORD
 
 
 def _is_view(func: torch._ops.OpOverload) -> bool:

@@ -185,6 +185,19 @@ def test_shape_propagation_of_dtensor_is_not_recorded():
     assert all(t.size != (3,) for c in trace.ops for t in inputs(c))
 
 
+def test_a_view_that_copies_is_recorded_where_torch_does_not_decompose_it():
+    """Below autograd (in a subclass's own dispatch) contiguous, reshape and to come undecomposed; their schemas say that they are views."""
+    x = torch.arange(6.0).reshape(2, 3)
+
+    def run():
+        with torch._C._AutoDispatchBelowAutograd():
+            y = x.t()
+            y.contiguous().contiguous(), y.reshape(-1), y.to(torch.float64), y.flatten(), y.reshape(3, 1, 2), y.reshape(3, 2).narrow(0, 1, 1)
+
+    trace, _ = record(run)
+    assert names(trace) == ["clone", "clone", "_to_copy", "clone"]
+
+
 def test_arguments():
     x = torch.ones(2, 2)
     trace, _ = record(lambda: (x.sum(0, dtype=torch.float64), x.clamp(min=0.5), torch.full((2,), 1 + 2j), x.to(torch.bfloat16), x[x > 0],
