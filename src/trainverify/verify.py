@@ -194,7 +194,7 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups, early)
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
     fill(report, analysis, reference, parallel, groups, findings, explained)
-    report.warnings = weak_spec(analysis, parallel, groups, report.steps)
+    report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)
 
 
 # ---- traces on disk

@@ -38,6 +38,7 @@ class Outputs:
         self._names: dict[int, str] = {}
         self._last_hooks: dict[int, Any] = {}
         self._emitted: set[tuple[str, str]] = set()
+        self.settings: list[dict[str, Any]] = []   # of each optimizer's groups, as it makes its first step
         self._integers: dict[str, int] = {}
         self._patches = Patches()
         self._handles: list = []
@@ -102,6 +103,9 @@ class Outputs:
 
     def _first_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped.append(optimizer)
+        for group in optimizer.param_groups:
+            numbers = {k: _setting(group[k]) for k in ("lr", "weight_decay", "momentum") if isinstance(group.get(k), (int, float, torch.Tensor))}
+            self.settings.append({"optimizer": type(optimizer).__name__, **numbers})
         with unseen():
             self._names = optimizer_names(self._stepped, self.chunks)
         if self.symbols is not None:
@@ -208,6 +212,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def _wraps_another(optimizer: torch.optim.Optimizer) -> bool:
     """Sharding optimizers hold the one that does the work; its own step is what counts."""
     return any(isinstance(v, torch.optim.Optimizer) for v in vars(optimizer).values())
+
+
+def _setting(value: Any) -> float:
+    """A number of an optimizer, for the report only: reading it is no part of the program."""
+    with unseen():
+        return float.__pos__(value) if isinstance(value, float) else float(value)
 
 
 def _number(value: float) -> ScalarRef | int | float:

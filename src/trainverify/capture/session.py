@@ -267,7 +267,8 @@ class _Session:
         self.outputs.end()
 
     def save(self, handed: bytes = b"") -> bytes:
-        meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case))}
+        meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
+                "optimizers": msgspec.json.encode(self.outputs.settings).decode()}
         trace = self.recorder.trace(groups=_groups(), steps=self.options.steps, meta=meta)
         self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
         result = _Result(len(trace.ops), time.process_time(), _pss(), handed)

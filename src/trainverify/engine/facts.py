@@ -6,22 +6,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trainverify.ir.trace import OpCall, TensorRef
+from trainverify.ir.trace import OpCall, ScalarRef, TensorRef
 from trainverify.relate.coverage import Coverage
 from trainverify.replay.machine import Machine
-
-FUSED = ("aten._fused_adamw_", "aten._fused_adam_", "aten._fused_sgd_")
-
 
 @dataclass(slots=True)
 class Facts:
     """Collected per side by the `before` hook, in program order."""
 
     valid_tokens: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))   # (rank, step) -> per loss call
-    ids: dict[tuple[int, ...], set[int]] = field(default_factory=lambda: defaultdict(set))    # shape of the table -> ids looked up
-    batch_shapes: set[tuple[int, ...]] = field(default_factory=set)
+    ids: set[int] = field(default_factory=set)                                               # token ids looked up in the largest table
+    tables: dict[int, torch.Tensor] = field(default_factory=dict)                            # rank -> the largest table, as first used
+    attention: set[tuple[int, ...]] = field(default_factory=set)                             # shapes of queries
     clip: list[float] = field(default_factory=list)                                          # coefficients before clamping to 1
-    rates: set[tuple[float, float]] = field(default_factory=set)                             # (lr, weight_decay) of fused optimizers
 
     def before(self, machine: Machine, call: OpCall) -> None:
         base = ".".join(call.name.split(".")[:2])
@@ -29,20 +26,22 @@ class Facts:
             target, ignore = machine.native.tensor(call.args[1]), call.args[4]
             self.valid_tokens[(machine.rank, machine.step)].append(int((target != ignore).sum()))
         elif base == "aten.embedding" and isinstance(call.args[1], TensorRef):
-            index = machine.native.tensor(call.args[1])
-            self.ids[call.args[0].size].update(index.unique().tolist())
-            self.batch_shapes.add(tuple(index.shape))
+            self._look_up(machine, call)
+        elif "scaled_dot_product" in base and not base.endswith("backward"):
+            self.attention.add(call.args[0].size)
         elif base in ("aten.clamp", "aten.clamp_max") and isinstance(call.args[0], TensorRef) and call.args[0].size == ():
-            bound = call.kwargs.get("max", call.args[-1])
-            if bound == 1.0:
+            if call.kwargs.get("max", call.args[-1]) == 1.0:
                 self.clip.append(float(machine.native.tensor(call.args[0])))
-        elif base in FUSED:
-            self.rates.add((_number(machine, call.kwargs.get("lr", 0.0)), _number(machine, call.kwargs.get("weight_decay", 0.0))))
+        elif base == "tv.scalar" and call.name == "tv.scalar.min" and 1.0 in call.args:
+            self.clip += [machine.native.scalars[a.id] for a in call.args if isinstance(a, ScalarRef)]
 
-
-def _number(machine: Machine, a) -> float:
-    value = machine.native.decode(a)
-    return float(value) if not isinstance(value, torch.Tensor) else float(value.reshape(-1)[0])
+    def _look_up(self, machine: Machine, call: OpCall) -> None:
+        rows, table = call.args[0].size[0], self.tables.get(machine.rank)
+        if table is None or rows > len(table):
+            self.tables[machine.rank] = machine.native.tensor(call.args[0]).clone()
+            self.ids.clear()
+        if rows == len(self.tables[machine.rank]):
+            self.ids.update(machine.native.tensor(call.args[1]).unique().tolist())
 
 
 def valid_tokens(facts: Facts, coverage: Coverage, step: int) -> list[tuple[int, ...]]:

@@ -176,7 +176,7 @@ class Trace(msgspec.Struct):
     notes: list[Note] = []
     groups: list[Group] = []
     steps: int = 0
-    meta: dict[str, str] = {}                 # torch version, argv, case, seed
+    meta: dict[str, str] = {}                 # torch version, argv, case, seed; optimizers (JSON): settings of each group
 
 
 class Program(msgspec.Struct):

@@ -239,6 +239,11 @@ class Reads:
                 out.setdefault(rank, tuple(counts))
         return out
 
+    def samples(self, tensor: BatchTensor, rank: int, step: int) -> int:
+        """How many samples of a tensor a rank reads in a step."""
+        counts = [c[tensor.first:tensor.first + tensor.n] for (s, r, _), c in self.counts.items() if (s, r) == (step, rank)]
+        return int((torch.stack(counts) > 0).any(0).reshape(tensor.samples, -1).any(1).sum()) if counts else 0
+
     def read_by(self, rank: int, step: int) -> bytes:
         """Equal for ranks that read the same elements in a step; b"" where a rank reads none."""
         counts = [c for (s, r, _), c in self.counts.items() if (s, r) == (step, rank)]
