@@ -75,9 +75,9 @@ class Functions:
         c, m, q = self.ring.content(p) if p else (0, (), p)
         if not q:
             return {}
+        kept, out = scaled(q, -1 if c < 0 else 1), [self._root_of_number(order, abs(Fraction(c)))]
         signs = {a: self.signs.of_atom(a) for a, _ in m}
-        apart = c > 0 and not any(s & NEGATIVE for s in signs.values()) and (q == ONE or not self.signs.known(q) & NEGATIVE)
-        kept, out = constant(-1 if c < 0 else 1), [self._root_of_number(order, abs(Fraction(c)))]
+        apart = not any(s & NEGATIVE for s in signs.values()) and not self.signs.known(kept) & NEGATIVE
         for a, e in m:
             kind = self.ring.kinds[a]
             if kind == "exp" and e % order == 0:
@@ -88,7 +88,6 @@ class Functions:
                 out.append(self.ring.pow(self.inverse(self.root(order, self.ring.args[a][0])), e))
             else:
                 out.append(self._root_power(order, self.ring.power(a), e))
-        kept = self.ring.mul(kept, q)
         if kept != ONE:
             out.append(self._root_power(order, kept, 1))
         return self.ring.product(out)
