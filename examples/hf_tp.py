@@ -46,7 +46,7 @@ def clip_sharded_and_replicated(parameters, max_norm):
 
 def reference():
     torch.manual_seed(0)
-    batch = random_batch(rows=3, length=8, vocab=CONFIG.vocab_size)
+    batch = random_batch(rows=5, length=8, vocab=CONFIG.vocab_size)
     batch["labels"] = batch["tokens"].where(batch["labels"] != IGNORE, IGNORE)       # the model shifts them itself
     return training(LlamaForCausalLM(CONFIG), batch, clip_grad_norm_)
 
