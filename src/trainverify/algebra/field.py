@@ -499,6 +499,8 @@ class Field(Order):
         return a.move(lambda t, lead: t.reshape((*t.shape[:lead], *([1] * missing), *t.shape[lead:])).expand((*t.shape[:lead], *shape)))
 
     def take(self, sources: Sequence[FieldValue], index: torch.Tensor):
+        if len(sources) == 1 and index.numel() and bool((index > 0).all()):
+            return self._picked(sources[0], (index - 1).reshape(-1), tuple(index.shape))
         if all(s.num is not None for s in sources):
             num = torch.cat([torch.zeros(1, dtype=F64), *(s.num.reshape(-1) for s in sources)])
             return FieldValue(index.shape, num=num[index])
@@ -506,6 +508,15 @@ class Field(Order):
         res = res.index_select(1, index.reshape(-1)).reshape(4, *index.shape)
         return FieldValue(index.shape, res, None, self._taken(sources, "sp", index), self._taken(sources, "sgn", index),
                           joined([s.flags for s in sources]))
+
+    @staticmethod
+    def _picked(a: FieldValue, flat: torch.Tensor, shape: tuple[int, ...]) -> FieldValue:
+        out = a.move(lambda t, lead: t.reshape((*t.shape[:lead], -1)).index_select(lead, flat).reshape((*t.shape[:lead], *shape)))
+        for what in ("sp", "sgn"):
+            marks = getattr(out, what)
+            if marks is not None and not marks.any():
+                setattr(out, what, None)
+        return out
 
     @staticmethod
     def _taken(sources: Sequence[FieldValue], what: str, index: torch.Tensor) -> torch.Tensor | None:

@@ -166,6 +166,8 @@ class Real:
         return RealValue(a.t.expand(tuple(shape)))
 
     def take(self, sources: Sequence[RealValue], index: torch.Tensor):
+        if len(sources) == 1 and index.numel() and bool((index > 0).all()):
+            return RealValue(sources[0].t.reshape(-1)[index - 1])
         flat = torch.cat([torch.zeros(1, dtype=F64), *(s.t.reshape(-1) for s in sources)])
         return RealValue(flat[index])
 

@@ -34,6 +34,18 @@ class Lineage:
         return int((self.numbers >= 0).sum())
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some elements (index counts from 1) of a recorded value, taken when asked for: most are compared once and never looked at again."""
+
+    algebras: dict[str, Algebra]
+    values: dict[str, V]
+    index: torch.Tensor
+
+    def __getitem__(self, algebra: str) -> V:
+        return self.algebras[algebra].take([self.values[algebra]], self.index)
+
+
 @dataclass(slots=True)
 class Piece:
     """One rank's part of one reference output: both sides' values per algebra, and where they differ.
@@ -46,8 +58,8 @@ class Piece:
     recorded: Recorded
     at: np.ndarray
     numbers: np.ndarray
-    reference: dict[str, V]
-    parallel: dict[str, V]
+    reference: Part | dict[str, V]
+    parallel: Part | dict[str, V]
     equal: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def wrong(self, algebra: str) -> bool:
@@ -131,22 +143,18 @@ class Comparison:
         self._plans = {}
 
     def _plan(self, group: tuple[str, str, int]):
-        """For one kind, state key and step: its records, their values per algebra, and per symbol number its position + 1 in the
-        concatenation of those values and the index of its record; then each record's start in the concatenation."""
+        """For one kind, state key and step: its records with their lineages, and per symbol number the index of its record (-1: none)
+        and its position + 1 in it."""
         if group not in self._plans:
             recs = self.by_symbol.get(group, [])
             place = np.zeros(self.symbols.total, dtype=np.int64)
             owner = np.full(self.symbols.total, -1, dtype=np.int64)
-            offset = 0
             for i, (rec, line) in enumerate(recs):
                 flat = line.numbers.reshape(-1)
                 ok = flat >= 0
-                place[flat[ok]] = offset + 1 + np.nonzero(ok)[0]
+                place[flat[ok]] = 1 + np.nonzero(ok)[0]
                 owner[flat[ok]] = i
-                offset += flat.size
-            sources = {m.name: [rec.values[m.name] for rec, _ in recs] for m in self.algebras}
-            starts = np.cumsum([0] + [line.numbers.size for _, line in recs])
-            self._plans[group] = (recs, sources, place, owner, starts)
+            self._plans[group] = (recs, place, owner)
         return self._plans[group]
 
     # ---- comparing
@@ -203,12 +211,12 @@ class Comparison:
             self.compared[key].problems.append(f"rank {rec.rank} has none")
 
     def _owners(self, rec: Recorded, line: Lineage) -> list[Key]:
-        recs, _, _, owner, _ = self._plan((rec.kind, _state_key(rec), rec.step))
+        recs, _, owner = self._plan((rec.kind, _state_key(rec), rec.step))
         flat = line.numbers.reshape(-1)
         return [(recs[i][0].kind, recs[i][0].name, recs[i][0].step) for i in np.unique(owner[flat[flat >= 0]]) if i >= 0]
 
     def _by_lineage(self, rec: Recorded, line: Lineage) -> None:
-        recs, sources, place, owner, starts = self._plan((rec.kind, _state_key(rec), rec.step))
+        recs, place, owner = self._plan((rec.kind, _state_key(rec), rec.step))
         flat = line.numbers.reshape(-1)
         held = np.nonzero(flat >= 0)[0]
         held = held[place[flat[held]] > 0]
@@ -220,14 +228,15 @@ class Comparison:
             at = held[owners == i]
             ref_rec, ref_line = recs[i]
             c = self.compared[(ref_rec.kind, ref_rec.name, ref_rec.step)]
-            where = torch.from_numpy(at) + 1
-            index = torch.from_numpy(place[flat[at]])
-            piece = Piece(rec.rank, rec, at, flat[at], {m.name: m.take(sources[m.name], index) for m in self.algebras},
-                          {m.name: m.take([rec.values[m.name]], where) for m in self.algebras})
+            there = place[flat[at]]
+            piece = Piece(rec.rank, rec, at, flat[at], self._part(ref_rec, there), self._part(rec, at + 1))
             self._judge(c, piece)
             if c.covered is None:
                 c.covered = ref_line.numbers.reshape(-1) < 0
-            c.covered[place[flat[at]] - 1 - starts[i]] = True
+            c.covered[there - 1] = True
+
+    def _part(self, rec: Recorded, index: np.ndarray) -> Part:
+        return Part({m.name: m for m in self.algebras}, rec.values, torch.from_numpy(index))
 
     def _state_number(self, rec: Recorded, line: Lineage) -> None:
         """Optimizer state that is one number per parameter (step): the same on every owning parameter."""

@@ -92,8 +92,7 @@ class Binder:
             return None
         if ref.numel != block.n:
             raise ValueError(f"symbol {name} has {block.n} elements, the tensor that carries it {ref.numel}")
-        index = torch.arange(block.first + 1, block.first + 1 + block.n)
-        return {k: m.take([self.all[k]], index) for k, m in ((m.name, m) for m in machine.algebras)}
+        return {m.name: m.symbols("all", block.first, block.n) for m in machine.algebras}
 
     def bind(self, machine: Machine, m: Algebra, storage: int, dtype: str) -> V | None:
         numbers = self._numbers(machine, storage, dtype)
@@ -102,8 +101,12 @@ class Binder:
         raw = torch.from_numpy(np.array(machine.native.initial(storage), copy=True))
         flat = raw[: len(numbers) * dtype_of(dtype).itemsize].view(dtype_of(dtype))
         at = torch.from_numpy(numbers)
-        rest = torch.arange(len(numbers)) + self.symbols.total
-        return m.take([self.all[m.name], m.data(flat)], torch.where(at >= 0, at, rest) + 1)
+        hit = at >= 0
+        mine = m.take([self.all[m.name]], at[hit] + 1)
+        if bool(hit.all()):
+            return mine
+        rest = torch.arange(len(numbers)) + mine.shape[0]
+        return m.take([mine, m.data(flat)], torch.where(hit, hit.cumsum(0) - 1, rest) + 1)
 
     def _numbers(self, machine: Machine, storage: int, dtype: str) -> np.ndarray | None:
         key = (machine.rank, storage)

@@ -17,6 +17,7 @@ from trainverify.ops.access import reads
 from trainverify.ops.foreach import foreach_call
 from trainverify.ops.table import OpTable
 from trainverify.replay.errors import ReplayError
+from trainverify.replay.lifetimes import last_uses
 from trainverify.replay.memory import AlgebraMemory, is_float
 from trainverify.replay.native import NativeMemory, dtype_of
 
@@ -103,6 +104,7 @@ class Machine:
         self.pending: dict[int, OpCall] = {}
         self.pc = self.step = self.ops = self.elements = 0
         self.unknown_ops: set[str] = set()
+        self._last_uses = last_uses(trace)
 
     def _binder(self, m: Algebra):
         return (lambda sid, dtype: self.hooks.bind(self, m, sid, dtype)) if self.hooks.bind else (lambda sid, dtype: None)
@@ -290,6 +292,13 @@ class Machine:
             if is_float(ref.dtype):
                 one = mem._real_ref(ref) if ref.dtype.startswith("complex") else ref
                 mem.store(one, m.reshape(m.garbage(f"unknown.{self.rank}.{call.index}.{k}", one.numel), one.size))
+
+    def release(self) -> None:
+        """Let go of what the present call was the last to use."""
+        for sid in self._last_uses.get(self.pc, ()):
+            self.native.storages.pop(sid, None)
+            for mem in self.memory.values():
+                mem.drop(sid)
 
     # ---- asynchronous work
     def _check_pending(self, call: OpCall) -> None:

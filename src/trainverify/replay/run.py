@@ -70,6 +70,7 @@ class World:
                     return
             else:
                 machine.execute(call)
+            machine.release()
             machine.ops += 1
             machine.pc += 1
 
