@@ -133,6 +133,31 @@ def test_parameter_that_is_a_changed_copy():
     assert_not_equal(report, "loss")
 
 
+# -- sixteen bits
+
+def narrow(model, w):
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    model.load_state_dict({k: v.bfloat16() for k, v in w.items()})
+
+
+class Widened(Attention):
+    """Keeps its weights in bf16 and computes with them in fp32."""
+
+    def forward(self, x):
+        return attend(x @ self.q.float(), x @ self.k.float(), x @ self.v.float())
+
+
+def test_bfloat16_copies_are_recognised():
+    assert_equal(verify(narrow, Widened))
+
+
+def test_bfloat16_copies_in_the_wrong_place():
+    def load(model, w):
+        narrow(model, dict(w, q=w["k"], k=w["q"]))
+    assert_refuted(verify(load, Widened), line_of(attend, "softmax"))
+
+
 # -- tied weights
 
 class Tied(nn.Module):

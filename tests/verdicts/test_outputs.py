@@ -21,7 +21,8 @@ class Pair(nn.Module):
         return (x @ self.first) @ self.second
 
 
-def trained(choose=lambda model: model.parameters(), momentum=0.0, report=("loss",), between=lambda model: None):
+def trained(choose=lambda model: model.parameters(), momentum=0.0, report=("loss",), between=lambda model: None,
+            prepare=lambda model, optimizer: None):
     def build(model, batch):
         optimizer = torch.optim.SGD(choose(model), lr=LR, momentum=momentum)
 
@@ -29,6 +30,7 @@ def trained(choose=lambda model: model.parameters(), momentum=0.0, report=("loss
             loss = F.cross_entropy(model(batch["x"]), batch["targets"])
             loss.backward()
             between(model)
+            prepare(model, optimizer)
             optimizer.step()
             optimizer.zero_grad()
             return {name: loss for name in report}
@@ -75,6 +77,25 @@ def test_momentum_that_is_not_kept():
     report = against_right(trained(), right=trained(momentum=0.9))
     assert_not_equal(report, "first::momentum_buffer", "second::momentum_buffer")
     assert is_equal(output(report, "first", "parameter")), summary(report)
+
+
+def test_momentum_in_the_wrong_place():
+    """Each is a state that the reference has: the other parameter's, or the one of the step before."""
+    def swap(model, optimizer):
+        a, b = (optimizer.state[p] for p in (model.first, model.second))
+        if "momentum_buffer" in a:
+            a["momentum_buffer"], b["momentum_buffer"] = b["momentum_buffer"], a["momentum_buffer"]
+
+    def stale(model, optimizer):
+        for p in model.parameters():
+            optimizer.state[p].pop("momentum_buffer", None)
+
+    right = trained(momentum=0.9)
+    for before in (swap, stale):
+        report = against_right(trained(momentum=0.9, prepare=before), right=right, steps=2)
+        assert_refuted(report)
+        assert output(report, "first::momentum_buffer", step=2).verdict == "REFUTED", summary(report)
+        assert is_equal(output(report, "first::momentum_buffer", step=1)), summary(report)
 
 
 def test_scalar_that_nobody_reports():

@@ -9,7 +9,8 @@ from pathlib import Path
 class CaptureOptions:
     """steps: how often step() is called; seed: of the symbols' tagged values; timeout: seconds of wall clock for each side;
     workdir: where traces and the checkpoint go (None: a temporary folder, removed when the programs have been read);
-    ranks, case: as in the spec where None or empty; second_run: look for values that change without provenance (None: if any left)."""
+    ranks, case: as in the spec where None or empty; second_run: look for values that change without provenance (None: if any left);
+    nudge: in a second run, symbols' values close to the first's."""
 
     steps: int = 2
     seed: int = 0
@@ -18,3 +19,4 @@ class CaptureOptions:
     ranks: int | None = None
     case: dict = field(default_factory=dict)
     second_run: bool | None = None
+    nudge: int = 0

@@ -109,6 +109,31 @@ class _Both:
     other_table: TagTable
 
 
+def decided_otherwise(done, second) -> bool:
+    """Whether two captures (each with `reference` and `parallel`) first part where a recorded decision came out differently."""
+    pairs = [(a.ops, b.ops) for x, y in ((done.reference, second.reference), (done.parallel, second.parallel)) for a, b in zip(x.traces, y.traces)]
+    return any(next((v for v in map(_parting, a, b) if v), "") == "decided" for a, b in pairs)
+
+
+def _parting(call: OpCall, other: OpCall) -> str:
+    """"": the same call, up to floats; "decided": what came out of tensors differs, the call itself is the reason; "shape": no reason known."""
+    if call.name != other.name or call.kwargs.keys() != other.kwargs.keys() or len(call.args) != len(other.args):
+        return "shape"
+    if call.collective != other.collective:
+        return "shape"
+    if call.name == "tv.escape":               # integers, masks
+        return "decided" if call.digest_in != other.digest_in else ""
+    if not all(map(_alike, call.args, other.args)) or not all(_alike(a, other.kwargs[k]) for k, a in call.kwargs.items()):
+        return "shape"
+    return "" if call.outs == other.outs and call.writes == other.writes else "decided"
+
+
+def _alike(a: Arg, b: Arg) -> bool:
+    if isinstance(a, Sequence) and isinstance(b, Sequence):
+        return len(a.items) == len(b.items) and all(map(_alike, a.items, b.items))
+    return type(a) is type(b) and (type(a) is float or a == b)
+
+
 def mark_changes(first: Program, second: Program, table: TagTable, other_table: TagTable) -> int:
     """Make what changes without a recorded reason unknown in `first`, with a note each; how many there were."""
     found = 0
@@ -133,10 +158,11 @@ class _Marker:
         ops, others = self.both.trace.ops, self.both.other.ops
         for i, call in enumerate(ops):
             other = others[i] if i < len(others) else None
-            verdict = "shape" if other is None else self._compare(call, other)
-            if verdict == "shape":
-                self._branch(call)
+            verdict = "shape" if other is None else _parting(call, other)
+            if verdict != "shape":
+                self._look_at(call, other)
             if verdict:                        # from here on the captures are different programs
+                self._branch(call, verdict)
                 self.out.extend(ops[i:])
                 break
             self.out.append(call)
@@ -144,36 +170,22 @@ class _Marker:
             self._renumber()
         return self.found
 
-    def _compare(self, call: OpCall, other: OpCall) -> str:
-        """"": alike (the call was made unknown where needed); "decided": a recorded decision came out otherwise; "shape": no reason known."""
-        if call.name != other.name or call.kwargs.keys() != other.kwargs.keys() or len(call.args) != len(other.args):
-            return "shape"
-        if call.collective != other.collective:
-            return "shape"
+    def _look_at(self, call: OpCall, other: OpCall) -> None:
+        """Make unknown what differs although the calls are alike."""
         for ref in inputs(call):
             self._contents(ref, call)
         if call.name == "tv.escape":
-            return "decided" if call.digest_in != other.digest_in else ""
-        args = [self._argument(a, b, call) for a, b in zip(call.args, other.args)]
+            return
         skip = ("value",) if call.name.startswith("tv.scalar.") else ()
-        keywords = {k: a if k in skip else self._argument(a, other.kwargs[k], call) for k, a in call.kwargs.items()}
-        if _DIFFERS in args or _DIFFERS in keywords.values():
-            return "shape"
-        call.args, call.kwargs = tuple(args), keywords
+        call.args = tuple([self._argument(a, b, call) for a, b in zip(call.args, other.args)])
+        call.kwargs = {k: a if k in skip else self._argument(a, other.kwargs[k], call) for k, a in call.kwargs.items()}
         if isinstance(call.outs, ScalarRef):
             self.known.append(call.outs.id)
-        if call.outs == other.outs and call.writes == other.writes:
-            return ""
-        # A boolean, an integer or a size that came out of tensors: the call itself is the reason.
-        return "decided"
 
     def _argument(self, a: Arg, b: Arg, call: OpCall) -> Arg:
-        if isinstance(a, Sequence) and isinstance(b, Sequence) and len(a.items) == len(b.items):
-            items = tuple([self._argument(x, y, call) for x, y in zip(a.items, b.items)])
-            return _DIFFERS if _DIFFERS in items else Sequence(items)
-        if type(a) is float and type(b) is float:
-            return a if _bits(a) == _bits(b) else self._number(a, b, call)
-        return a if type(a) is type(b) and a == b else _DIFFERS
+        if isinstance(a, Sequence):
+            return Sequence(tuple([self._argument(x, y, call) for x, y in zip(a.items, b.items)]))
+        return self._number(a, b, call) if type(a) is float and _bits(a) != _bits(b) else a
 
     def _number(self, a: float, b: float, call: OpCall) -> ScalarRef:
         mine, theirs = self.values
@@ -215,11 +227,14 @@ class _Marker:
             self.out.append(OpCall(-1, "aten.empty.memory_format", (), {}, whole, (), call.span, rng=True))
             self.both.blobs["rng.-1.0." + str(len(self.out))] = a[: whole.numel * item]
         else:
-            self._branch(call, noted=True)
+            self._branch(call)
 
-    def _branch(self, call: OpCall, noted: bool = False) -> None:
-        if not noted:
+    def _branch(self, call: OpCall, verdict: str = "") -> None:
+        if verdict == "shape":
             self._note("CAP006", call, f"from {_short(call)} on, what the program does changes with the weights, by a way that is not tracked")
+        elif verdict:
+            self._note("CAP006", call, f"{_short(call)} decides otherwise with weights that are hardly different: whether a number that is used "
+                                       "from here on changes with them could not be seen")
         ref = self._unknown(math.nan, call)
         self.out.append(OpCall(-1, "tv.decision", ("unknown", ref), {}, True, span=call.span))
 
@@ -241,9 +256,6 @@ class _Marker:
             call.index = i
         blobs.update(moved)
         self.both.trace.ops = self.out
-
-
-_DIFFERS = object()
 
 
 def _bits(x: float) -> bytes:

@@ -16,6 +16,7 @@ _ROUNDS = 40
 _NARROW_ZEROS = 13                            # low bits of an fp32 number that a 16 bit float leaves zero
 _NARROW_LIMIT = 1024                          # more elements than that cannot be distinct near each other
 _LARGEST = 1e38
+_NUDGE = 2.0 ** -15                            # relative; a few distinct fp32 numbers with checksum away
 WIDE, NARROW = ("float32", "float64"), ("bfloat16", "float16")
 
 
@@ -28,9 +29,10 @@ class Tags:
 
 
 class Tagger:
-    """Hands out tags; remembers all that it gave."""
+    """Hands out tags; remembers all that it gave. nudge: other tags, those of 32 bits and more close to what they are without."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, nudge: int = 0):
+        self._seed, self._nudge, self._blocks = seed, nudge, 0
         self._random = np.random.default_rng([seed, 0x7A6])
         self._wide = np.zeros(1 << (32 - _CHECK_BITS), dtype=bool)      # which numbers were given, by their bits above the checksum
         self._narrow = np.zeros(1 << (32 - _NARROW_ZEROS), dtype=bool)  # ... by the bits that a 16 bit float has
@@ -38,8 +40,12 @@ class Tagger:
     def tag(self, initial: np.ndarray, dtype: str, positive: bool = False) -> Tags:
         """Tags for a flat fp32 array of initial values of a tensor of `dtype`. positive: no tag is negative."""
         base = np.nan_to_num(initial.astype(np.float64), nan=0.0, posinf=1.0, neginf=-1.0)
+        self._blocks += 1
+        self._random = np.random.default_rng([self._seed, 0x7A6, self._blocks])
         if dtype in WIDE:
-            return Tags(self._apart(self._near(base, positive, 1.0).astype(np.float32)), True)
+            return Tags(self._apart(self._nudged(self._near(base, positive, 1.0)).astype(np.float32)), True)
+        if self._nudge:
+            self._random = np.random.default_rng([self._seed, 0x7A6, self._blocks, self._nudge])
         make = _NARROW[dtype]
         values = make(self._near(base, positive, 1.0)).astype(np.float32)
         again = self._clashes(values, np.arange(values.size))
@@ -73,6 +79,13 @@ class Tagger:
         moved = np.where(small, sign * typical * self._random.uniform(0.05, 0.3, base.shape) * spread, moved)
         moved = np.clip(moved, -_LARGEST, _LARGEST)
         return np.abs(moved) if positive else moved
+
+    def _nudged(self, values: np.ndarray) -> np.ndarray:
+        """By steps of one sign per element, so that no value stays."""
+        if not self._nudge:
+            return values
+        random = np.random.default_rng([self._seed, 0x7A6, self._blocks, self._nudge])
+        return values * (1.0 + _NUDGE * random.uniform(1.0, 2.0, values.shape) * random.choice([-1.0, 1.0], values.shape))
 
     def _clashes(self, values: np.ndarray, among: np.ndarray) -> np.ndarray:
         """Which of these elements have a value that was given before, or stands earlier among them; the others now have theirs."""

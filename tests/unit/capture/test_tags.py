@@ -75,3 +75,10 @@ def test_crowded_tags_stay_near():
     every = np.concatenate([t.values for t in tags])
     assert all(t.distinct for t in tags) and np.unique(every).size == every.size and is_checksummed(every).all()
     assert np.corrcoef(every, initial)[0, 1] > 0.9 and (tagger.tag(np.full(3, 3e38, np.float32), "float32").values < 3e38).all()
+
+
+def test_nudged_tags_are_others_close_by():
+    initial = np.random.default_rng(0).normal(size=2000).astype(np.float32)
+    first, second = (Tagger(5, nudge).tag(initial, "float32").values for nudge in (0, 1))
+    assert (first != second).all() and is_checksummed(second).all() and np.unique(second).size == 2000
+    assert np.allclose(first, second, rtol=2e-4, atol=0)
