@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import trainverify as tv
 
-VOCAB, HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, LENGTH, ROWS, IGNORE = 13, 8, 4, 2, 12, 2, 6, 6, -100
+VOCAB, HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, LENGTH, ROWS, IGNORE = 13, 8, 2, 4, 12, 2, 12, 6, -100
 MAX_NORM = 0.1
 
 

@@ -2,11 +2,11 @@
 
 One executor carries out all plans (capture/plans.py). A call that the program awaits later is posted when it is issued and
 completed at its wait, so that ranks which issue and wait in different orders meet as they would on real hardware; a message
-is received at its wait. What arrives is written into the outputs as a backend would: unseen by autograd.
+is received at its wait, and belongs to the receive that was issued first. What arrives is written into the outputs as a backend would: unseen by autograd.
 """
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +93,7 @@ class Collectives:
         self._numbers: dict[tuple, int] = defaultdict(int)
         self._works: list[RecordedWork] = []   # C++ holds them by pointer: the Python halves must live as long
         self._functional: dict[int, Pending] = {}
+        self._receives: dict[tuple, deque[Pending]] = defaultdict(deque)
         self._count = 0
 
     # ---- issue
@@ -169,6 +170,7 @@ class Collectives:
     def _start(self, pending: Pending, seq: int) -> None:
         plan = pending.plan
         if plan.kind == "recv":
+            self._receives[(plan.peer, plan.group_name, plan.tag)].append(pending)
             return
         if plan.kind == "send":
             self.channel.send(plan.peer, (plan.group_name, plan.tag), plan.inputs, pending.signature)
@@ -212,7 +214,7 @@ class Collectives:
         if plan.kind == "send":
             return
         if plan.kind == "recv":
-            got = [self.channel.recv(plan.peer, (plan.group_name, plan.tag), pending.signature)]
+            got = self._message(pending)
         else:
             got = pending.got if pending.ticket is None else self.channel.complete(pending.ticket)
         with unseen():
@@ -220,6 +222,15 @@ class Collectives:
                 output.copy_(value.reshape(output.shape))
                 self.recorder.encoder.wrote(output, ref.storage)
         pending.got = None
+
+    def _message(self, pending: Pending) -> list:
+        """Messages of one sender and tag go to the receives in the order of their issue, in whatever order these are awaited."""
+        plan = pending.plan
+        waiting = self._receives[(plan.peer, plan.group_name, plan.tag)]
+        while pending.got is None:
+            first = waiting.popleft()
+            first.got = [self.channel.recv(plan.peer, (plan.group_name, plan.tag), first.signature)]
+        return pending.got
 
     def _results(self, plan: Plan, got: list) -> list[torch.Tensor]:
         """What this rank's outputs receive; `got` has each member's payload in group order."""

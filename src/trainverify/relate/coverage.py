@@ -6,7 +6,7 @@ evaluated by their own rows on these origins; any other op that takes an element
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ir.trace import Arg, Collective, OpCall, Program, ScalarRef, Sequence, TensorRef, tensors
 from trainverify.ops.access import reads
 from trainverify.ops.foreach import foreach_call
-from trainverify.replay.collectives import Tensors, deliver
+from trainverify.replay.collectives import Tensors, deliver, message
 from trainverify.replay.machine import Machine
 from trainverify.replay.native import dtype_of
 
@@ -133,7 +133,7 @@ class Reads:
         self.marked: dict[tuple[int, int, int], list[int]] = defaultdict(list)           # (rank, step, span) -> elements that are not the ignored value
         self.lost: dict[str, str] = {}                                                   # batch tensor -> where it left for Python
         self._meetings: dict[tuple, _Meeting] = defaultdict(_Meeting)
-        self._mail: dict[tuple, deque[list[torch.Tensor] | None]] = defaultdict(deque)
+        self._mail: dict[tuple, list[torch.Tensor] | None] = {}
 
     # ---- hooks
     def before(self, machine: Machine, call: OpCall) -> None:
@@ -199,7 +199,7 @@ class Reads:
             except REFUSALS:
                 continue
             values = list(got) if isinstance(got, (list, tuple)) else [got]
-            if all(isinstance(v, Origin) for v in values) and len(values) == len(call.targets()):
+            if [v.shape if isinstance(v, Origin) else None for v in values] == [t.size for t in call.targets()]:
                 steering = [] if elements is None else [r for a in (*call.args[1:], *call.kwargs.values()) for r in tensors(a) if r.storage in self.cells[machine.rank]]
                 return [v.t for v in values], steering
         return None
@@ -222,7 +222,10 @@ class Reads:
         if counts is None:
             counts = self.counts[key] = torch.zeros(self.batch.total, dtype=torch.int64)
         for ref in refs:
-            counts += torch.bincount(self._get(machine, ref).reshape(-1), minlength=self.batch.total)
+            origins, item = self.cells[machine.rank][ref.storage]
+            if item == dtype_of(ref.dtype).itemsize:      # else bytes are reinterpreted: all that is there counts as read
+                origins = self._get(machine, ref)
+            counts += torch.bincount(origins.reshape(-1), minlength=self.batch.total)
 
     def _count_marked(self, machine: Machine, call: OpCall, read: list[TensorRef]) -> None:
         """Comparisons of labels with a negative number: how many of them are valid."""
@@ -258,7 +261,7 @@ class Reads:
             held = []
         origins = [self._get(machine, r).clone() for r in c.inputs] if held else None
         if c.kind == "send":
-            self._mail[(machine.rank, c.peer, c.group, c.tag)].append(origins)
+            self._mail[message(machine.rank, c)] = origins
         elif c.kind != "recv":
             self._meetings[(c.group, c.group_name, c.seq)].post(machine.rank, c, origins)
 
@@ -267,7 +270,7 @@ class Reads:
         if c.kind == "send":
             return
         if c.kind == "recv":
-            return self._store(machine, c.outputs, self._mail[(c.peer, machine.rank, c.group, c.tag)].popleft())
+            return self._store(machine, c.outputs, self._mail.pop(message(machine.rank, c)))
         key = (c.group, c.group_name, c.seq)
         meeting = self._meetings[key]
         for ref, v in zip(c.outputs, meeting.outputs(c.group)[machine.rank] if meeting.followed else ()):
@@ -306,7 +309,8 @@ class Reads:
         if cell is None or cell[1] != item or not self._inside(ref, cell[0]):
             n = max(machine.native.storage(ref.storage).nbytes(), machine.trace.storages[ref.storage].nbytes) // item
             cell = self.cells[machine.rank][ref.storage] = (torch.zeros(n, dtype=torch.int64), item)
-        torch.as_strided(cell[0], ref.size, ref.stride, ref.offset).copy_(origins.reshape(ref.size))
+        if self._inside(ref, cell[0]):
+            torch.as_strided(cell[0], ref.size, ref.stride, ref.offset).copy_(origins.reshape(ref.size))
 
     @staticmethod
     def _inside(ref: TensorRef, cell: torch.Tensor) -> bool:
@@ -374,7 +378,7 @@ class Coverage:
         self.never: dict[str, tuple[int, ...]] = {}                   # tensor -> samples that no rank reads
         self.repeated: dict[str, dict[int, int]] = {}                 # tensor -> sample -> how often it is read
         self.readers: dict[tuple[str, int], tuple[int, ...]] = {}     # tensor and sample -> ranks that read it
-        steps = sorted({s for s, _, _ in (*reference.counts, *parallel.counts)})
+        steps = sorted({s for s, _, _ in (*reference.counts, *parallel.counts) if s})
         for tensor in self.tensors:
             once: set[int] = set()
             for step in steps:
@@ -385,9 +389,11 @@ class Coverage:
 
     def _counts(self, side: Reads, tensor: BatchTensor, step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
         """Per rank and op: how often each element is read, as [sample, element]."""
-        for (s, rank, op), counts in side.counts.items():
-            mine = counts[tensor.first:tensor.first + tensor.n]
-            if s == step and bool(mine.any()):
+        found = [(s, rank, op, mine) for (s, rank, op), counts in side.counts.items() if bool((mine := counts[tensor.first:tensor.first + tensor.n]).any())]
+        # What is only read before the first step (to make features of it, say) is read for all steps.
+        at = step if any(s for s, _, _, _ in found) else 0
+        for s, rank, op, mine in found:
+            if s == at:
                 yield rank, op, mine.reshape(tensor.samples, -1)
 
     def _judge(self, tensor: BatchTensor, step: int) -> set[int]:

@@ -18,6 +18,12 @@ from trainverify.ops.reduction import reduce_tensors
 from trainverify.replay.errors import ReplayError
 
 
+def message(rank: int, c: Collective) -> tuple:
+    """What a send and its receive have in common: the how manieth message from whom to whom, in which group, under which tag."""
+    source, target = (rank, c.peer) if c.kind == "send" else (c.peer, rank)
+    return source, target, c.group, c.group_name, c.tag, c.seq
+
+
 def reduce_values(m: Algebra, op: str | None, values: Sequence[V], factor: Any = None) -> V:
     """One value from the members' values of equal shape."""
     if isinstance(values[0], torch.Tensor):

@@ -10,7 +10,7 @@ import torch
 from trainverify.algebra.base import Algebra
 from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, Sequence, TensorRef
 from trainverify.ops.table import OpTable
-from trainverify.replay.collectives import Tensors, deliver
+from trainverify.replay.collectives import Tensors, deliver, message
 from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Decision, Hooks, Machine, Recorded
 from trainverify.replay.memory import is_float
@@ -36,7 +36,7 @@ class World:
         self.algebras = algebras
         self.meetings: dict[tuple, Rendezvous] = defaultdict(Rendezvous)
         self.issued: dict[tuple[int, int], OpCall] = {}      # (rank, work): to be completed at its wait
-        self.mail: dict[tuple, deque] = defaultdict(deque)
+        self.mail: dict[tuple, dict[str, list]] = {}
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
         live = deque(self.machines)
@@ -80,7 +80,7 @@ class World:
         if machine.pending:
             machine._check_pending(call)
         if c.kind == "send":
-            self.mail[(machine.rank, c.peer, c.group, c.tag)].append(self._send(machine, call))
+            self.mail[message(machine.rank, c)] = self._send(machine, call)
             return True
         if c.kind != "recv":
             meeting = self.meetings[(c.group, c.group_name, c.seq)]
@@ -161,10 +161,9 @@ class World:
 
     def _receive(self, machine: Machine, call: OpCall) -> bool:
         c = call.collective
-        box = self.mail[(c.peer, machine.rank, c.group, c.tag)]
-        if not box:
+        values = self.mail.pop(message(machine.rank, c), None)
+        if values is None:
             return False
-        values = box.popleft()
         self._write_native(machine, call, values["native"])
         for m in self.algebras:
             if any(not isinstance(v, torch.Tensor) for v in values[m.name]):

@@ -128,6 +128,16 @@ def point_to_point(r, n):
         dist.recv(b, 0, tag=6)
         dist.recv(a, 0, tag=5)
         same(a * 2, b)
+    if r == 0:                                 # two messages under one tag: the receives get them in the order of their issue
+        works = [dist.isend(mine(0), 1), dist.isend(mine(0) * 3, 1)]
+    elif r == 1:
+        a, b = torch.zeros(3), torch.zeros(3)
+        works = [dist.irecv(a, 0), dist.irecv(b, 0)][::-1]
+    for w in works if r < 2 else ():
+        w.wait()
+    if r == 1:
+        same(a, mine(0))
+        same(b, mine(0) * 3)
 
 
 def asynchronous(r, n):
