@@ -105,6 +105,23 @@ def test_rows_of_one_kind_get_one_name():
     assert isinstance(prove(instantiate(t, named.names[0])), Proved)
 
 
+def test_colours_decide_where_identifiers_say_nothing():
+    """Whatever the identifiers are: a leaf is known by the other places that it occupies."""
+    rng = np.random.default_rng(1)
+    w = World()
+    x, y, z = (w.leaves(n, 6) for n in "xyz")
+    t = template(w.claim(w.dot(x, y), w.uf("f", *z)))
+    rows = []
+    for _ in range(100):
+        ids = rng.choice(10**6, 12, replace=False)
+        order = rng.permutation(6)
+        rows.append(np.concatenate([ids[order], ids[6 + order], ids[:6]]))
+    assert len(distinct(canonical_rows(t, np.array(rows)).names)[0]) == 1
+    rows[7][12:14] = rows[7][13:11:-1]                         # still a permutation of the same kind
+    rows[8][12] = rows[8][13]                                  # not: one leaf twice
+    assert len(distinct(canonical_rows(t, np.array(rows)).names)[0]) == 2
+
+
 def test_rows_keep_their_claim():
     """What is rearranged is an obligation with the same sides, up to order."""
     rng = random.Random(3)
