@@ -28,6 +28,8 @@ class Patches:
             names = getattr(module, "__dict__", None)
             if not isinstance(names, dict) or not _ours_to_patch(module_name, module):
                 continue
+            if not any(map(by_id.__contains__, map(id, names.values()))):
+                continue                       # most modules, without a step in Python for each name
             for name, value in list(names.items()):
                 old, new = by_id.get(id(value), (None, None))
                 if old is value and new is not None:

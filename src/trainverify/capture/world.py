@@ -242,7 +242,6 @@ class _World:
         sys.stdout.flush()
         sys.stderr.flush()
         with _signals_blocked() as mask:
-            gc.collect()
             gc.freeze()                        # collections in the ranks leave the shared pages alone
             try:
                 self.guardian = _fork_guardian()
