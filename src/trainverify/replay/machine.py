@@ -267,7 +267,8 @@ class Machine:
             return self._poison(m, call)
         for ref, drawn in zip(call.targets(), results):
             if is_float(ref.dtype):
-                self.memory[m.name].store(ref, m.data(drawn))
+                drawn = Complex(m.data(drawn.real), m.data(drawn.imag)) if drawn.is_complex() else m.data(drawn)
+                self.memory[m.name].store(ref, drawn)
 
     def _untracked(self, m: Algebra, call: OpCall) -> None:
         """A value that capture found to change with the symbols, by a way that it could not follow."""

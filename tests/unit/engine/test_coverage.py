@@ -1,6 +1,7 @@
 """Which samples of the batch are read: sampler padding, dropped remainders, wrong slices, data that leaves for Python."""
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -76,6 +77,7 @@ def test_each_sample_once():
     assert not found(report, "DATA001") and not found(report, "DATA002")
 
 
+@pytest.mark.slow
 def test_microbatches_of_a_rank():
     report = run(lambda b, rank, world: list(zip(*(b[k].chunk(world)[rank].split(1) for k in ("tokens", "labels")))))
     assert report.data == "6 samples, each read once; valid tokens (3, 2, 1), (3, 2, 1)"
@@ -108,6 +110,7 @@ def test_padding_of_a_sampler():
     assert report.data.startswith("7 samples: sample 0 read more often than others")
 
 
+@pytest.mark.slow
 def test_one_rank_reads_a_microbatch_twice():
     def twice(b, rank, world):
         parts = chunked(b, rank, world)
@@ -138,6 +141,7 @@ def test_copies_indices_and_communication_are_followed():
     assert not found(report, "DATA001") and not found(report, "DATA002")
 
 
+@pytest.mark.slow
 def test_messages_are_followed():
     def sent(b, rank, world):
         parts = chunked(b, 0, 1)[0]
@@ -152,6 +156,7 @@ def test_messages_are_followed():
     assert run(sent).data == "6 samples, each read once; valid tokens 6, 6"
 
 
+@pytest.mark.slow
 def test_what_one_rank_logs_is_no_repetition():
     def logged(b, rank, world):
         parts = chunked(b, rank, world)
@@ -161,6 +166,7 @@ def test_what_one_rank_logs_is_no_repetition():
     assert not found(run(logged), "DATA002")
 
 
+@pytest.mark.slow
 def test_unpadded_rows_are_read():
     """Elements that the reference ignores need not be read; a sample counts as read by any of its elements."""
     def first_two(b, rank, world):
@@ -223,3 +229,27 @@ def test_dry_run(tmp_path):
     assert (report.verdict, report.mode, report.exit_code, report.outputs) == ("UNKNOWN", "dry-run", 3, [])
     assert report.data == "6 samples, each read once; valid tokens 6, 6"
     assert report.bound == (2, 2) and {(b.name, b.rank, b.source) for b in report.bindings} >= {("embed.weight", 1, "embed.weight")}
+
+
+def test_reinterpreted_bytes_count_as_read():
+    def complex_batch(x):
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            (model(x.abs()).sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return tv.Training(model, step, batch=x)
+
+    def reference():
+        torch.manual_seed(0)
+        return complex_batch(torch.randn(4, 3, dtype=torch.complex64))
+
+    def parallel(ref):
+        made = complex_batch(torch.view_as_complex(torch.view_as_real(ref.batch) * 1))
+        made.model.load_state_dict(ref.weights)
+        return made
+
+    report = tv.verify(reference, parallel, ranks=1, steps=1, timeout=60.0)
+    assert report.data == "4 samples, each read once" and not found(report, "DATA001"), report.diagnostics

@@ -120,6 +120,7 @@ def test_meaning_of_an_op_that_writes():
     assert equal(report), report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("meaning", "code", "says"), [
     (lambda x, k: torch.cos(x).sum(), "OPS004", "shape"),
     (lambda x, k: (x, x), "OPS004", "2 results"),
@@ -166,6 +167,7 @@ def test_uninterpreted_op_on_other_values_has_no_known_meaning(other):
     assert report.verdict == "UNKNOWN" and "OPS005" in codes(report) and not equal(report), report
 
 
+@pytest.mark.slow
 def test_uninterpreted_op_against_what_it_computes():
     """The recorded values agree, so that nothing is refuted; but an unknown function is not the cosine."""
     report = compare(lambda h: secret(h.detach() * 2, 3) + h, lambda h: (h.detach() * 2).cos() * 3 + h, unknown())
@@ -200,6 +202,7 @@ def test_wrong_declarations(make):
         make()
 
 
+@pytest.mark.slow
 def test_an_op_that_the_run_does_not_meet_is_no_assumption():
     report = compare(lambda h: h * 2, lambda h: h + h, unknown())
     assert equal(report) and "tvtest" not in assumed(report)

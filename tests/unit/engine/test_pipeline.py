@@ -55,6 +55,7 @@ def test_two_functions():
     assert report.data == "6 samples, each read once"
 
 
+@pytest.mark.slow
 def test_two_functions_and_a_case():
     report = tv.verify(reference, parallel, ranks=2, steps=1, case={"factor": 2.0})
     assert report.verdict == "REFUTED" and report.case == {"factor": 2.0}
@@ -156,6 +157,7 @@ def test_capture_and_verify_from_the_command_line(tmp_path, monkeypatch, capsys)
     assert plain["verdict"] == "REFUTED" and plain["case"] == {"swapped": True} and plain["rerun"] == "trainverify verify out"
 
 
+@pytest.mark.slow
 def test_debug_keeps_the_traces(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert equal(verify_spec(SPECS / "swiglu.py", Options(steps=1, keep=True)))

@@ -93,6 +93,7 @@ def test_a_batch_of_one():
     assert warnings(batch=lambda: make_batch(1, 7)).keys() == {"WEAK002"}
 
 
+@pytest.mark.slow
 def test_microbatches_of_one():
     def one_by_one(b, rank, world):
         return list(zip(b["tokens"].split(1), b["labels"].split(1)))
@@ -257,6 +258,7 @@ def test_ids_at_the_edges_of_the_vocabulary_shards(present, absent):
         assert f"token ids {absent} at the edges" in found["WEAK010"]
 
 
+@pytest.mark.slow
 def test_an_embedding_that_is_not_sharded_has_no_edges():
     assert "WEAK010" not in warnings(batch=lambda: make_batch(2, 5), ranks=2)
 
