@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import trainverify as tv
-from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, is_equal, line_of, output, summary
-from programs import LR, WIDTH, batch_of, compare, sgd
+from judge import assert_equal, assert_not_equal, assert_refuted, codes, is_equal, line_of, output, summary
+from programs import WIDTH, batch_of, compare, sgd
 
 
 class Attention(nn.Module):

@@ -2,7 +2,7 @@
 import torch
 import torch.distributed as dist
 
-from judge import assert_equal, assert_not_equal, assert_refuted, assert_unknown, codes, line_of, messages, summary
+from judge import assert_equal, assert_not_equal, assert_refuted, codes, line_of, messages, summary
 from programs import compare, compare_forward, forward
 
 
@@ -57,8 +57,11 @@ def test_reading_by_numpy_does_no_harm():
 
 # -- asynchronous collectives
 
-def double(h):
-    return h * 2.0
+def assert_race(report, line):
+    """What is read before the wait is arbitrary: the value that it had shows a difference, or none is shown; the line is named."""
+    assert report.verdict in ("REFUTED", "UNKNOWN"), summary(report)
+    assert_not_equal(report)
+    assert line in {d.span.line for d in messages(report) if d.code == "REL007"}, summary(report)
 
 
 def summed_twice(wait):
@@ -85,7 +88,7 @@ def test_result_is_used_before_its_wait():
         return h * 0 + h.detach() * 2
 
     f = summed_twice(False)
-    assert_unknown(compare(forward(right), forward(f), ranks=2), "REL007", line_of(f, "out = half"))
+    assert_race(compare(forward(right), forward(f), ranks=2), line_of(f, "out = half"))
 
 
 def test_result_that_nobody_waits_for():
@@ -97,7 +100,7 @@ def test_result_that_nobody_waits_for():
         dist.all_reduce(half, async_op=True)
         return h * 0 + half * 2
 
-    assert_unknown(compare(forward(right), forward(wrong), ranks=2), "REL007", line_of(wrong, "half * 2"))
+    assert_race(compare(forward(right), forward(wrong), ranks=2), line_of(wrong, "half * 2"))
 
 
 def test_input_is_overwritten_before_the_wait():
@@ -111,7 +114,7 @@ def test_input_is_overwritten_before_the_wait():
         work.wait()
         return h * 0 + all_[:5]
 
-    assert_unknown(compare(forward(right), forward(wrong), ranks=2), "REL007", line_of(wrong, "zero_"))
+    assert_race(compare(forward(right), forward(wrong), ranks=2), line_of(wrong, "zero_"))
 
 
 def received(early):
@@ -137,9 +140,7 @@ def test_receive():
 
 def test_receive_that_is_read_too_early():
     f = received(True)
-    report = compare(forward(product), forward(f), ranks=2)
-    assert_not_equal(report)
-    assert line_of(f, "taken = box") in {d.span.line for d in messages(report) if d.code == "REL007"}, summary(report)
+    assert_race(compare(forward(product), forward(f), ranks=2), line_of(f, "taken = box"))
 
 
 def test_reduction_with_the_wrong_op():
