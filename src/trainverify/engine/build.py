@@ -62,8 +62,8 @@ def _inputs(report: Report, found: Analysis | Survey) -> None:
 
 
 def valid_text(facts: Facts, coverage: Coverage) -> str:
-    """"valid tokens 61, 48, 55" of the first step, one number per loss call of each rank that reads its own samples."""
-    counts = valid_tokens(facts, coverage, 1)
+    """"valid tokens 61, 48, 55" of the last step, one number per loss call of each rank that reads its own samples."""
+    counts = valid_tokens(facts, coverage)
     if not counts:
         return ""
     parts = [str(n[0]) if len(n) == 1 else f"({', '.join(map(str, n))})" for n in counts]

@@ -24,6 +24,9 @@ class Facts:
         base = ".".join(call.name.split(".")[:2])
         if base in ("aten.nll_loss_forward", "aten.nll_loss2d_forward"):
             target, ignore = machine.native.tensor(call.args[1]), call.args[4]
+            span = machine.span(call)
+            if span is not None and span.phase == "backward":
+                return                        # a checkpoint computes it again
             self.valid_tokens[(machine.rank, machine.step)].append(int((target != ignore).sum()))
         elif base == "aten.embedding" and isinstance(call.args[1], TensorRef):
             self._look_up(machine, call)
@@ -44,11 +47,13 @@ class Facts:
             self.ids.update(machine.native.tensor(call.args[1]).unique().tolist())
 
 
-def valid_tokens(facts: Facts, coverage: Coverage, step: int) -> list[tuple[int, ...]]:
+def valid_tokens(facts: Facts, coverage: Coverage) -> list[tuple[int, ...]]:
     """Per rank that reads samples of its own (one of several that read the same): how many tokens each of its loss calls counts.
 
-    Where no loss of torch is called, comparisons of labels with a negative number tell it.
+    In the last step: a first one may run something for its shapes only. Where no loss of torch is called, comparisons of labels
+    with a negative number tell it.
     """
+    step = max((s for s, _, _ in coverage.parallel.counts), default=0) or max((s for _, s in facts.valid_tokens), default=0)
     held = {rank: tuple(n) for (rank, s), n in facts.valid_tokens.items() if s == step} or coverage.parallel.compared_labels(step)
     seen: dict[object, tuple[int, ...]] = {}
     for rank, counts in sorted(held.items()):

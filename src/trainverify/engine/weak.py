@@ -17,7 +17,7 @@ SHOWN = 4
 
 def weak_spec(analysis: Analysis, reference: Program, parallel: Program, groups: dict[tuple[int, ...], str], steps: int) -> list[Diagnostic]:
     """All warnings that apply, in the order of their codes."""
-    counts = valid_tokens(analysis.facts["parallel"], analysis.coverage, 1)
+    counts = valid_tokens(analysis.facts["parallel"], analysis.coverage)
     found = [*_tokens(counts), *_batch(analysis), *_clipping(analysis), *_optimizer(analysis, reference, steps), *_gradients(analysis, steps),
              *_degrees(groups, len(parallel.traces), counts), *_rings(parallel), *_sizes(analysis), *_vocabulary(analysis)]
     return sorted(found, key=lambda d: (d.code, d.message))
@@ -47,7 +47,7 @@ def _batch(analysis: Analysis) -> list[Diagnostic]:
     calls = analysis.facts["parallel"].valid_tokens
     for (step, rank, _) in reads.counts:
         held = [n for t in analysis.coverage.tensors if (n := reads.samples(t, rank, step))]
-        if step == 1 and held and max(held) == len(calls.get((rank, step), ())):
+        if step == analysis.steps and held and max(held) == len(calls.get((rank, step), ())):
             return [_warn("WEAK002", f"rank {rank} reads one sample at a time: batch and sequence reductions look alike",
                           "give each rank and microbatch at least two samples")]
     return []

@@ -130,7 +130,8 @@ class Reads:
         self.m = Moves()
         self.cells: dict[int, dict[int, tuple[torch.Tensor, int]]] = defaultdict(dict)   # rank -> storage -> (origins, bytes of an element)
         self.counts: dict[tuple[int, int, str], torch.Tensor] = {}                       # (step, rank, op) -> how often, by origin
-        self.marked: dict[tuple[int, int, int], list[int]] = defaultdict(list)           # (rank, step, span) -> elements that are not the ignored value
+        # (rank, step, span) -> for each set of labels that is compared there: how many are not the ignored value
+        self.marked: dict[tuple[int, int, int], dict[bytes, int]] = defaultdict(dict)
         self.lost: dict[str, str] = {}                                                   # batch tensor -> where it left for Python
         self._meetings: dict[tuple, _Meeting] = defaultdict(_Meeting)
         self._mail: dict[tuple, list[torch.Tensor] | None] = {}
@@ -231,15 +232,16 @@ class Reads:
         """Comparisons of labels with a negative number: how many of them are valid."""
         op = call.name.split(".")[1]
         if op in ("ne", "eq") and len(call.args) == 2 and isinstance(call.args[1], int) and call.args[1] < 0 and len(read) == 1:
-            t = machine.native.tensor(read[0])[self._get(machine, read[0]) > 0]
-            self.marked[(machine.rank, machine.step, call.span)].append(int((t != call.args[1]).sum()))
+            origins = self._get(machine, read[0])
+            valid = int((machine.native.tensor(read[0])[origins > 0] != call.args[1]).sum())
+            self.marked[(machine.rank, machine.step, call.span)].setdefault(origins.contiguous().numpy().tobytes(), valid)
 
     def compared_labels(self, step: int) -> dict[int, tuple[int, ...]]:
-        """Per rank: how many labels were no ignored ones, for each comparison of the first line that makes such."""
+        """Per rank: how many labels were no ignored ones, for each set of labels that the first line to compare some compares."""
         out: dict[int, tuple[int, ...]] = {}
         for (rank, s, _), counts in self.marked.items():
             if s == step:
-                out.setdefault(rank, tuple(counts))
+                out.setdefault(rank, tuple(counts.values()))
         return out
 
     def samples(self, tensor: BatchTensor, rank: int, step: int) -> int:
