@@ -50,6 +50,11 @@ def is_short(x: torch.Tensor, bits: int = _SHORT) -> torch.Tensor:
     return (mantissa == mantissa.floor()) | ~x.isfinite()
 
 
+def _is_exact(v: float) -> bool:
+    """As is_short, or a whole number."""
+    return not math.isfinite(v) or (math.frexp(v)[0] * 2.0 ** _SHORT).is_integer() or (v.is_integer() and abs(v) < _EXACT_WHOLE)
+
+
 def convergents(x: float):
     """Continued fraction convergents (numerator, denominator) of a positive float."""
     rest = Fraction(x)
@@ -127,6 +132,7 @@ class Constants:
         self.parallel = False
         self._seed = seed
         self._known: dict[float, Entry] = {}
+        self._single: dict[float, torch.Tensor] = {}   # residues of single contents
         self._sorted: list[float] = []        # canonical values of both sides
         self._reference: list[float] = []     # canonical values of the reference
         self._data: list[np.ndarray] = []     # float32 data of the reference with many significant bits
@@ -150,6 +156,10 @@ class Constants:
     # ---- settling
     def settle(self, x: torch.Tensor, structure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         """Canonical contents of float64 x; structure() gives residues [4, ...] that the defining operation implies."""
+        if x.numel() == 1:
+            v = x.item()
+            new = v if _is_exact(v) else self._settle_one(v, structure)
+            return x if new == v or v != v else torch.full_like(x, new)
         long = ~(is_short(x) | ((x == x.round()) & (x.abs() < _EXACT_WHOLE)))
         if not long.any():
             return x
@@ -163,6 +173,12 @@ class Constants:
         out = x.clone()
         out[long] = torch.from_numpy(np.array(new)[inverse])
         return out
+
+    def _settle_one(self, v: float, structure: Callable[[], torch.Tensor] | None) -> float:
+        a, implied = abs(v), None
+        if structure is not None and a not in self._known and self._find(a) is None:
+            implied = tuple(r if v > 0 else -r % m for r, m in zip(structure().reshape(4).tolist(), primes.MODULI))
+        return math.copysign(self._entry(a, implied, 1, True), v)
 
     def _implied(self, residues: torch.Tensor, inverse: np.ndarray, values: list[float]) -> dict[float, tuple[int, ...]]:
         first = np.zeros(len(values), dtype=np.int64)
@@ -307,6 +323,8 @@ class Constants:
     def residues(self, x: torch.Tensor) -> torch.Tensor:
         """[4, ...] residues of settled contents; infinities and nan give 0."""
         d = x.dim()
+        if x.numel() == 1:
+            return self._residues_of_one(x.item()).view(4, *([1] * d))
         finite = torch.where(x.isfinite(), x, 0.0)
         whole = (finite == finite.round()) & (finite.abs() < _EXACT_WHOLE)
         if whole.all():
@@ -320,6 +338,19 @@ class Constants:
             rows = torch.where(negative, (-rows).remainder_(primes.MOD[1]), rows)
             out[:, long] = rows[:, torch.from_numpy(inverse)]
         return out
+
+    def _residues_of_one(self, v: float) -> torch.Tensor:
+        """[4] residues of one settled content, to be left unchanged."""
+        got = self._single.get(v)
+        if got is None:
+            if not math.isfinite(v):
+                residues = (0, 0, 0, 0)
+            elif _is_exact(v):
+                residues = fraction_residues(Fraction(v))
+            else:
+                residues = tuple(r if v > 0 else -r % m for r, m in zip(self._known[abs(v)].residues, primes.MODULI))
+            got = self._single[v] = torch.tensor(residues)
+        return got
 
     def odd(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 0/1: whether multiplying by this constant keeps the sign bits of logarithms (an odd numerator; halves keep them)."""

@@ -29,6 +29,7 @@ from trainverify.algebra.real import FUNCTIONS
 I64, F64 = torch.int64, torch.float64
 _ONE_P, _ONE_Q = (1 << 31) | 1, (1 << 32) | (1 << 2)
 _TINY = 2.0 ** -50
+_SMALL = 1024                                 # elements
 
 
 class Field(Order):
@@ -42,6 +43,7 @@ class Field(Order):
         self.maxsets = MaxSets(primes.key(seed, "maxsets"))
         self.compared = 0                     # elements compared by `equal`
         self._parallel = False
+        self._phase = ""
         self._keys = torch.tensor([primes.key(seed, f"component{i}") for i in range(4)])
         self._purposes: dict[str, int] = {}
         self._literals: dict[tuple, FieldValue] = {}
@@ -59,9 +61,10 @@ class Field(Order):
             self._parallel = True
             self.constants.begin_parallel()
 
-    def at(self, rank: int, index: int, span: int) -> None:
-        """The replay's current place (rank, call, span), which roundings of constants note."""
+    def at(self, rank: int, index: int, span: int, phase: str = "") -> None:
+        """The replay's current place (rank, call, span), which roundings of constants note, and what the program does there."""
         self.constants.where = (rank, index, span)
+        self._phase = phase
 
     @property
     def rounding(self) -> list[Rounding]:
@@ -76,7 +79,7 @@ class Field(Order):
 
     def fingerprint(self, v: FieldValue) -> torch.Tensor:
         """int64 [*shape], the same for values known to be equal; each element that is no real number has that of its kind."""
-        v = self._operand(v)
+        v = self._operand_p(v)
         print_ = pack_p(self._lift(v))
         return print_ if v.sp is None else torch.where(v.sp != 0, mix(v.sp.to(I64) ^ self._key("special")) & ((1 << 62) - 1), print_)
 
@@ -141,6 +144,8 @@ class Field(Order):
         taint = v.flags & TAINT
         if v.num is not None or not (taint and not v.flags & SETTLED or operand and not taint) or 0 in v.shape:
             return v
+        if taint == Q_BAD and not operand and self._leads_to_no_exp():
+            return v
         flat = v.res.reshape(4, -1)
         p, q = pack_p(flat).numpy(), pack_q(flat[2:], None if v.sgn is None else v.sgn.reshape(-1)).numpy()
         new_q = self._adopted(self._q_of_p, p, q) if taint & Q_BAD or not taint else q
@@ -150,6 +155,11 @@ class Field(Order):
         q_res, sgn = primes.unpack_q(torch.from_numpy(new_q))
         res = torch.cat([primes.unpack_p(torch.from_numpy(new_p)), q_res]).reshape(4, *v.shape)
         return FieldValue(v.shape, res, None, v.sp, sgn.reshape(v.shape) if sgn.any() else None, v.flags | SETTLED)
+
+    def _leads_to_no_exp(self) -> bool:
+        """Gradients and updates get their companions in the next forward, if they are ever exponents. Until then the residues modulo P
+        tell what they are, and a table of all of them would be most of the memory. (A backward may compute the forward again.)"""
+        return self._phase == "optimizer" or (self._phase in ("backward", "hook") and not self._parallel)
 
     def _adopted(self, table: HashTable, keys, own):
         if not self._parallel:
@@ -161,6 +171,10 @@ class Field(Order):
 
     def _operand(self, v: FieldValue) -> FieldValue:
         return self._settle(v, operand=True)
+
+    def _operand_p(self, v: FieldValue) -> FieldValue:
+        """The operand of a function that looks at its residues modulo P only."""
+        return v if v.flags & TAINT == Q_BAD else self._operand(v)
 
     # ---- ring
     def _pair(self, a: FieldValue, b: FieldValue) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,7 +393,7 @@ class Field(Order):
     def log(self, a):
         if a.num is not None:
             return self._fold(a.num.log(), lambda: self._log(a))
-        return self._log(self._operand(a))
+        return self._log(self._operand_p(a))
 
     def _log(self, a):
         p = self._lift(a)[:2]
@@ -404,7 +418,9 @@ class Field(Order):
     def sqrt(self, a):
         if a.num is not None:
             return self._fold(a.num.sqrt(), lambda: self._sqrt(a))
-        a = self._operand(a)
+        a = self._operand_p(a)
+        if self._phase == "optimizer" and math.prod(a.shape) > _SMALL:
+            return self._sqrt(a)              # of second moments: nobody squares them again
         return self._remember_square(self._sqrt(a), a)
 
     def _sqrt(self, a):

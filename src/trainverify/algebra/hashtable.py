@@ -62,9 +62,20 @@ class HashTable:
         bits = self._bits
         while 2 * (self._used + n) > 1 << bits:
             bits += 1
-        if bits == self._bits:
-            return
+        if bits > self._bits:
+            self._grow(bits)
+
+    def _grow(self, bits: int) -> None:
+        """A larger table with the same contents: in the order of their first slots, each key gets that slot or the next free one."""
         keep = self._keys != _EMPTY
         keys, values = self._keys[keep], self._values[keep]
         self._allocate(bits)
-        self.put(keys, values)
+        start = self._start(keys)
+        order = np.argsort(start, kind="stable")
+        n = np.arange(len(order))
+        slot = np.maximum.accumulate(start[order] - n) + n
+        fits = slot < 1 << bits
+        at, here = order[fits], slot[fits]
+        self._keys[here], self._values[here], self._used = keys[at], values[at], len(at)
+        rest = order[~fits]                   # past the end: they go on at the beginning
+        self.put(keys[rest], values[rest])

@@ -29,7 +29,7 @@ class Order:
         if a.num is not None and b.num is not None:
             return FieldValue(broadcast(a.shape, b.shape), num=torch.maximum(a.num, b.num))
         shape = broadcast(a.shape, b.shape)
-        pair = self.stack([self.expand(self._lifted(self._operand(v)), shape) for v in (a, b)])
+        pair = self.stack([self.expand(self._lifted(self._operand_p(v)), shape) for v in (a, b)])
         for v in (a, b):
             if v.num is not None and v.num.isfinite().any():
                 finite = v.num.isfinite()
@@ -55,7 +55,7 @@ class Order:
         if not n:
             return a
         keep = [d for d in range(n) if d not in dims]
-        rows = self.permute(self._operand(a), [*keep, *dims])
+        rows = self.permute(self._operand_p(a), [*keep, *dims])
         rows = self.reshape(rows, (math.prod(a.shape[d] for d in keep), math.prod(a.shape[d] for d in dims)))
         shape = [1 if d in dims else a.shape[d] for d in range(n)] if keepdim else [a.shape[d] for d in keep]
         return self.reshape(self._largest(rows), shape)
@@ -139,7 +139,7 @@ class Order:
         return self._remember_square(out, out)
 
     def _greater(self, a, b) -> torch.Tensor:
-        d = self._operand(self._linear(self._operand(a), self._operand(b), torch.sub))
+        d = self._operand_p(self._linear(self._operand_p(a), self._operand_p(b), torch.sub))
         print_ = pack_p(d.res)
         if b.num is not None and a.flags & MAXED:
             print_ = self._without_floor(a, b, print_)
@@ -160,7 +160,7 @@ class Order:
         return torch.where(one, pack_p(d.remainder_(primes.MOD_P[x.dim()])), print_)
 
     def _same(self, a, b) -> torch.Tensor:
-        d = self._operand(self._linear(self._operand(a), self._operand(b), torch.sub))
+        d = self._operand_p(self._linear(self._operand_p(a), self._operand_p(b), torch.sub))
         x, y = pack_p(d.res), pack_p(self.neg(d).res)
         atom = primes.spread(mix(torch.minimum(x, y) ^ self._key("same")), self._keys, MOD)
         return torch.where(x == 0, 1, atom)
@@ -217,7 +217,7 @@ class Order:
     def sign(self, a):
         if a.num is not None:
             return FieldValue(a.shape, num=a.num.sign())
-        a = self._operand(a)
+        a = self._operand_p(a)
         x, y = pack_p(a.res), pack_p(self.neg(a).res)
         atom = self._atoms(mix(torch.minimum(x, y) ^ self._key("sign"))).res.masked_fill(x == 0, 0)
         res = torch.where(x <= y, atom, (-atom).remainder_(MOD[x.dim()]))
@@ -229,7 +229,7 @@ class Order:
     def abs(self, a):
         if a.num is not None:
             return FieldValue(a.shape, num=a.num.abs())
-        a = self._operand(a)
+        a = self._operand_p(a)
         x, y = pack_p(a.res), pack_p(self.neg(a).res)
         res = self._atoms(mix(torch.minimum(x, y) ^ self._key("abs"))).res.masked_fill(x == 0, 0)
         sp = None if a.sp is None else codes(floats(a).abs(), is_garbage(a))

@@ -92,6 +92,7 @@ class Comparison:
         self.every = {m.name: m.symbols("all", 0, symbols.total) for m in algebras}
         self.ref_lineage = self._lineages(reference)
         self.lineage = self._lineages(parallel)
+        self._names = self._names_by_first()
         self.compared: dict[Key, Compared] = {}
         self.surplus: list[Recorded] = []     # parallel outputs that the reference does not have
         self._list_outputs()
@@ -253,9 +254,17 @@ class Comparison:
         if not found:
             self.surplus.append(rec)
 
+    def _names_by_first(self) -> dict[int, list[str]]:
+        """The reference's parameters that hold a block's first symbol, by its number."""
+        firsts = np.array([b.first for b in self.symbols.blocks_in_order], dtype=np.int64)
+        names: dict[int, set[str]] = defaultdict(set)
+        for (_, _, name), line in self.ref_lineage.items():
+            for first in np.intersect1d(line.numbers, firsts).tolist():
+                names[first].add(name)
+        return {first: sorted(held) for first, held in names.items()}
+
     def _ref_names(self, block: int) -> list[str]:
-        first = self.symbols.blocks_in_order[block].first
-        return sorted({n for (_, _, n), line in self.ref_lineage.items() if (line.numbers == first).any()})
+        return self._names.get(self.symbols.blocks_in_order[block].first, [])
 
     def _by_name(self, rec: Recorded) -> None:
         c = self.compared.get((rec.kind, rec.name, rec.step))

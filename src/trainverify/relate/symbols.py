@@ -70,12 +70,24 @@ class Symbols:
         """Symbol number of each float64 value, -1 where it is nobody's tag. A value that several symbols share is nobody's."""
         if not self.total:
             return np.full(values.shape, -1, dtype=np.int64)
+        run = self._run(values)
+        if run is not None:
+            return run
         lo = np.searchsorted(self._sorted, values)
         at = np.minimum(lo, self.total - 1)
         hit = self._sorted[at] == values
         if not self._unique:
             hit &= np.searchsorted(self._sorted, values, side="right") - lo == 1
         return np.where(hit, self._numbers[at], -1)
+
+    def _run(self, values: np.ndarray) -> np.ndarray | None:
+        """The symbol numbers if the values are those of successive symbols, as whole parameters' are."""
+        if not self._unique or values.ndim != 1 or values.size < 2:
+            return None
+        at = int(np.searchsorted(self._sorted, values[0]))
+        first = int(self._numbers[at]) if at < self.total else self.total
+        successive = self.values[first:first + values.size]
+        return np.arange(first, first + values.size) if np.array_equal(successive, values) else None
 
 
 class Binder:

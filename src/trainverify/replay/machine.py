@@ -197,7 +197,8 @@ class Machine:
     def _evaluate(self, m: Algebra, call: OpCall, base: str, args, kwargs, results) -> None:
         where = getattr(m, "at", None)
         if where is not None:
-            where(self.rank, call.index, call.span)
+            span = self.span(call)
+            where(self.rank, call.index, call.span, "" if span is None else span.phase)
         if base in DECIDED:
             return self._leave(m, call, args, results)
         if call.rng:

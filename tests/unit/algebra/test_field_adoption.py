@@ -93,3 +93,28 @@ def test_garbage_and_masks_survive_adoption():
     stored = through_memory(m, m.where(torch.tensor([False, True, True]), x, m.const(float("-inf"))))
     assert stored.sp.tolist() == [2, 4, 0]
     assert through_memory(m, m.add(x, x)).sp.tolist() == [0, 4, 0]
+
+
+def test_gradients_and_updates_are_settled_in_the_next_forward():
+    """They are most of a step's elements and no exponents: their companions are kept when a forward stores or exponentiates them."""
+    m = Field(1)
+    stored = {}
+    for side, way in (("reference", 0), ("parallel", 1)):
+        m.begin_side(side)
+        x = symbols(m, 1, 4)
+        m.at(0, 0, 0, "optimizer")
+        update = through_memory(m, two_ways(m, x)[way])
+        m.at(0, 1, 0, "forward")
+        stored[side] = update, through_memory(m, m.add(update, x)), m.exp(update)
+    (a, forward_a, exp_a), (b, forward_b, exp_b) = stored.values()
+    assert m.equal(a, b).all() and not (a.res[2:] == b.res[2:]).any()
+    assert torch.equal(forward_a.res, forward_b.res) and m.equal(exp_a, exp_b).all()
+
+
+def test_roots_of_many_second_moments_are_not_remembered():
+    m = Field(1)
+    m.at(0, 0, 0, "optimizer")
+    few, many = symbols(m, 1, 1000), symbols(m, 1, 2000)
+    assert m.equal(m.pow(m.sqrt(few), 2), few).all() and not m.equal(m.pow(m.sqrt(many), 2), many).all()
+    m.at(0, 0, 0, "forward")
+    assert m.equal(m.pow(m.sqrt(many), 2), many).all()

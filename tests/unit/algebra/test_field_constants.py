@@ -199,3 +199,11 @@ def test_infinities_and_nan_are_constants():
     v = m.data(torch.tensor([math.inf, -math.inf, math.nan, 1.0]))
     assert m.is_const(v) and m.fingerprint(v)[3] == m.fingerprint(m.const(1)) and v.sp.tolist() == [1, 2, 3, 0]
     assert m.const(math.nan).num.isnan() and m.const(math.nan).num is m.const(math.nan).num
+
+
+def test_single_contents_have_the_residues_of_tables():
+    m, contents = Field(1), [0.0, -0.0, 3.0, -2.5, 0.1, -1 / 3, 2.0 ** -40, 1e22, 2 ** 0.5, float("inf"), float("nan")]
+    table = m.data(torch.tensor(contents, dtype=torch.float64))
+    for k, x in enumerate(contents):
+        one = m.data(torch.tensor([x], dtype=torch.float64))
+        assert torch.equal(m._lift(one)[:, 0], m._lift(table)[:, k]) and (x != x or one.num.item() == table.num[k].item()), x
