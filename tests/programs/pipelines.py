@@ -9,7 +9,7 @@ from torch.distributed import pipelining
 import trainverify as tv
 
 RANKS = 2
-LAYERS, PARTS = 4, 3
+LAYERS = 4
 
 
 def reference():
@@ -33,7 +33,7 @@ class Stage(nn.Module):
         return x if self.head is None else self.head(self.norm(x))
 
 
-def pipeline(ref, wrong, schedule, numbers):
+def pipeline(ref, wrong, schedule, numbers, parts=3):
     """numbers: the stages of this rank; the first rank has the first stage."""
     model, rank = load(ref, layers=LAYERS), dist.get_rank()
     stages, size = len(numbers) * RANKS, LAYERS // (len(numbers) * RANKS)
@@ -43,7 +43,7 @@ def pipeline(ref, wrong, schedule, numbers):
     def loss_fn(logits, labels):
         return loss_of(logits, labels, reduction="sum") / total
 
-    run = schedule(own if len(own) > 1 else own[0], PARTS, loss_fn=loss_fn, scale_grads=wrong)
+    run = schedule(own if len(own) > 1 else own[0], parts, loss_fn=loss_fn, scale_grads=wrong)
     chunks = nn.ModuleList(s.submod for s in own)
     optimizer = adamw(chunks.parameters())
     first, last = 0 in numbers, stages - 1 in numbers
@@ -78,7 +78,7 @@ def zbv(ref, wrong):
 
 
 def dual_pipe_v(ref, wrong):
-    return pipeline(ref, wrong, pipelining.schedules.ScheduleDualPipeV, [dist.get_rank(), 3 - dist.get_rank()])
+    return pipeline(ref, wrong, pipelining.schedules.ScheduleDualPipeV, [dist.get_rank(), 3 - dist.get_rank()], parts=6)
 
 
 def parallel(ref, how, wrong=False):

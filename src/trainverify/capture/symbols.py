@@ -77,10 +77,10 @@ class Symbols:
                 self.define("batch", name, leaf)
 
     def define_state(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
-        """State that exists before the first step; numbers like `step` stay what they are."""
+        """State that exists before the first step; numbers like `step`, and what a constructor fills in, stay what they are."""
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
+                if isinstance(value, torch.Tensor) and value.dim() > 0 and not _is_filled(value):
                     self.define("state", f"{names[id(parameter)]}::{key}", value, key)
 
     def define(self, kind: str, name: str, tensor: torch.Tensor, key: str = "") -> None:
@@ -168,6 +168,12 @@ def announce_batch(recorder: Recorder, batch: Any) -> None:
 def _is_mask(tensor: torch.Tensor) -> bool:
     with unseen():
         return bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _is_filled(state: torch.Tensor) -> bool:
+    """Whether all elements are equal: training leaves none like that; Adagrad's constructor does, on both sides."""
+    with unseen():
+        return bool((state == state.flatten()[:1]).all())
 
 
 def _positive(kind: str, name: str, initial: np.ndarray) -> bool:

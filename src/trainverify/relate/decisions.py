@@ -7,7 +7,9 @@ import torch
 
 from trainverify.algebra.base import Complex
 from trainverify.diagnostics import Diagnostic
-from trainverify.replay.machine import Decision
+from trainverify.ir.trace import inputs, tensors
+from trainverify.replay.machine import Decision, Machine
+from trainverify.replay.memory import is_float
 from trainverify.replay.run import World
 
 
@@ -28,7 +30,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             place = f"{span.file}:{span.line}" if span else ""
             prints = _prints(field, d)
             strange = prints - known.get(d.kind, set())
-            if not strange:
+            if not strange or _idle(machine, d):
                 continue
             if by := [a for a in accept if place and _names(a, place)]:
                 used.update(by)
@@ -45,6 +47,14 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
     idle = [Diagnostic("ACC001", f"--accept {a} accepts nothing: no unmatched decision is made there", "warning",
                        fix="leave it out, or name the line that a REL008 of this run names") for a in accept if a not in used]
     return [*out.values(), *idle], tuple(accepted)
+
+
+def _idle(machine: Machine, d: Decision) -> bool:
+    """Whether a maximum's position is looked at by nobody: max(dim) gives it with the value, which does not depend on it."""
+    if d.kind not in ("argmax", "argmin"):
+        return False
+    positions = {t.storage for t in tensors(d.call.outs) if not is_float(t.dtype)}
+    return all(t.storage not in positions for call in machine.trace.ops for t in inputs(call))
 
 
 def _names(given: str, place: str) -> bool:
