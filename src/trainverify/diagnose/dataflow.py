@@ -21,6 +21,7 @@ class Dataflow:
         self._scalars: dict[tuple[int, int], int] = {}
         self._nth: dict[tuple, int] = {}
         self._place: dict[Node, tuple] = {}
+        self._producers: dict[Node, list[Node]] = {}
         for trace in program.traces:
             self._index(trace.rank, trace.ops)
         self._match_messages(program)
@@ -109,6 +110,11 @@ class Dataflow:
 
     def producers(self, node: Node) -> list[Node]:
         """The calls that produced a call's inputs, over ranks."""
+        if node not in self._producers:
+            self._producers[node] = self._find_producers(node)
+        return self._producers[node]
+
+    def _find_producers(self, node: Node) -> list[Node]:
         rank, index = node
         call = self.call(node)
         out: list[Node] = []

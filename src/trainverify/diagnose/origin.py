@@ -35,6 +35,7 @@ class Watch:
     status: dict[Node, str] = field(default_factory=dict)
     values: dict[Node, object] = field(default_factory=dict)
     kept: int = 0
+    inverses: object = None                   # of the factors, as a value of the field
     nan: set[Node] = field(default_factory=set)
     garbage: set[Node] = field(default_factory=set)
 
@@ -59,18 +60,20 @@ class Watch:
         return self.table
 
     def found(self, m, v) -> bool:
-        return self._among(m.fingerprint(v).reshape(-1).numpy())
+        return bool(self._among(m.fingerprint(v).reshape(-1).numpy()).all())
 
-    def _among(self, f: np.ndarray) -> bool:
+    def _among(self, f: np.ndarray) -> np.ndarray:
+        """Which fingerprints are values of the reference."""
         table = self._finish()
-        if not len(table) or not len(f):
-            return not len(f)
+        if not len(table):
+            return np.zeros(f.shape, dtype=bool)
         at = np.minimum(np.searchsorted(table, f), len(table) - 1)
-        return bool((table[at] == f).all())
+        return table[at] == f
 
     def begin(self, m, everything) -> None:
         """Before the reference is replayed. Its symbols are values of it, and so are the results of the micro-operations inside its
         rows: fused and composed forms meet there."""
+        self.inverses = None
         self.prints.append(np.unique(m.fingerprint(everything).reshape(-1).numpy()))
         for name in MICRO:
             setattr(m, name, self._noted(m, getattr(m, name)))
@@ -114,11 +117,12 @@ class Watch:
         """"x c" if every element is c times a value of the reference; a few elements are tried with all factors at once first."""
         n = int(np.prod(v.shape, dtype=np.int64))
         sample = m.take([v], torch.arange(1, n + 1, max(1, n // 8))[:, None])
-        inverse = m.stack([m.const(1 / c) for c in self.factors])
-        prints = m.fingerprint(m.mul(sample, m.reshape(inverse, (1, len(self.factors))))).numpy()
-        for k, c in enumerate(self.factors):
-            if self._among(prints[:, k]) and self.found(m, m.scale(v, 1 / c)):
-                return f"x {c}"
+        if self.inverses is None:
+            self.inverses = m.reshape(m.stack([m.const(1 / c) for c in self.factors]), (1, len(self.factors)))
+        likely = self._among(m.fingerprint(m.mul(sample, self.inverses)).numpy()).all(0)
+        for k in np.flatnonzero(likely):
+            if self.found(m, m.scale(v, 1 / self.factors[k])):
+                return f"x {self.factors[k]}"
         return OPEN
 
 
