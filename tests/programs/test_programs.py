@@ -22,6 +22,7 @@ QUICK = {
     "losses": ("rows", "vocabulary"),
     "optimizers": ("fused",),
     "checkpoints": ("numpy", "distributed"),
+    "variants": ("math_kernel", "einsum"),
 }
 SLOW = {
     "data_parallel": ("static_graph", "find_unused", "bucket_view", "own_hook", "checkpointed", "fsdp1_original", "fsdp2_keep", "fsdp2_mixed"),
@@ -31,6 +32,7 @@ SLOW = {
     "losses": ("by_hand", "chunked"),
     "optimizers": ("foreach", "sharded"),
     "checkpoints": ("pickled", "double", "round_trip", "text", "safetensors", "broadcast", "half"),
+    "variants": ("baddbmm", "autocast", "compiled"),
 }
 
 

@@ -6,7 +6,7 @@ unwrapped by torch first. Pure views are not recorded, since a trace refers to s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.side, self.rank, self.world_size = side, rank, world_size
         self.ops: list[OpCall] = []
+        self.watch: Callable[[OpCall, list[torch.Tensor]], None] | None = None   # sees every call of a kernel and its targets
         self.notes: list[Note] = []
         self.pending_scalars: list = []
         self.last_item: ScalarRef | None = None
@@ -165,6 +166,8 @@ class Recorder(TorchDispatchMode):
             for k, t in enumerate(targets):
                 self.blobs[f"rng.{call.index}.{k}"] = contents(t)
         self.ops.append(call)
+        if self.watch is not None:
+            self.watch(call, targets)
         return result
 
     @staticmethod

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from trainverify.api import Reference, Training
+from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.groups import process_groups
 from trainverify.capture.model import chunks_of
 from trainverify.capture.options import CaptureOptions
@@ -116,6 +117,7 @@ class _Result(msgspec.Struct):
     cpu: float
     memory: int
     handed: bytes = b""
+    early: list[Early] = []                    # not empty: the reference stopped behind its construction, which must define these
 
 
 # ---- in the parent
@@ -171,9 +173,12 @@ def _look_for_changes(spec: Spec, options: CaptureOptions, folder: Path, progres
 
 
 def capture_reference(spec: Spec, options: Any, folder: Path | None = None, progress: Callable | None = None) -> ReferenceCapture:
-    """Run the reference in a process of its own."""
+    """Run the reference in a process of its own; once more if its construction reads weights that are symbols by then."""
     with _folder(folder or options.workdir) as base:
-        side, results = _run("reference", 1, partial(_reference_child, spec, options, base), base, options, progress)
+        side, results = _run("reference", 1, partial(_reference_child, spec, options, base, []), base, options, progress)
+        if results and results[0].early:
+            child = partial(_reference_child, spec, options, base, results[0].early)
+            side, results = _run("reference", 1, child, base, options, progress)
         handed = _decode_handed(results[0].handed) if results else Handed()
         return ReferenceCapture(**vars(side), handed=handed, checkpoint=base / "checkpoint")
 
@@ -269,24 +274,31 @@ class _Session:
         self.outputs.parameters()
         self.outputs.end()
 
-    def save(self, handed: bytes = b"") -> bytes:
+    def save(self, handed: bytes = b"", early: Sequence[Early] = ()) -> bytes:
         meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
                 "optimizers": msgspec.json.encode(self.outputs.settings).decode()}
         trace = self.recorder.trace(groups=_groups(), steps=self.options.steps, meta=meta)
         self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
-        result = _Result(len(trace.ops), time.process_time(), _pss(), handed)
+        result = _Result(len(trace.ops), time.process_time(), _pss(), handed, list(early))
         save_rank(self.base / trace.side, trace, self.recorder.blobs)
         return msgspec.msgpack.encode(result)
 
 
-def _reference_child(spec: Spec, options: Any, base: Path, rank: Rank) -> bytes:
+def _reference_child(spec: Spec, options: Any, base: Path, early: list[Early], rank: Rank) -> bytes:
     session = _Session("reference", rank, options, base, symbols=True)
     with session.environment():
         with session.recording():
+            session.recorder.watch = watch = EarlySymbols(session.symbols, early) if early else None
             training = session.training(spec.reference, (), {})
+            session.recorder.watch = None
+            if watch is not None:
+                watch.check()
+            made = len(session.recorder.ops)
             chunks = chunks_of(training.model, "reference()")
             session.outputs.begin(chunks)
             session.symbols.define_batch(training.batch)
+            if not early and (early := read_before_defined(session.recorder.ops[:made], session.symbols.defined)):
+                return session.save(early=early)
             announce_batch(session.recorder, training.batch)
         handed = msgspec.msgpack.encode(session.symbols.hand_over(chunks, training.batch))
         _write_checkpoint(training, chunks, base / "checkpoint")

@@ -16,6 +16,7 @@ from trainverify.capture.quiet import unseen
 from trainverify.capture.recorder import Recorder
 from trainverify.capture.tags import NARROW, Tagger
 from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.ir.trace import TensorRef
 
 _SECOND_MOMENTS = ("sq", "square", "sum", "var")   # in the names of state that is never negative
 
@@ -54,11 +55,21 @@ class Handed(msgspec.Struct, frozen=True):
         return tensors, weights, pytree.tree_unflatten(leaves, pytree.treespec_loads(self.batch))
 
 
+class Defined(msgspec.Struct, frozen=True):
+    """A symbol that was defined, and its memory; key: of a state."""
+
+    kind: str
+    name: str
+    key: str
+    ref: TensorRef
+
+
 class Symbols:
     """Defines symbols in the reference, and keeps which memory holds which."""
 
     def __init__(self, recorder: Recorder, tagger: Tagger):
         self.recorder, self.tagger = recorder, tagger
+        self.defined: list[Defined] = []
         self.names: dict[tuple, tuple[str, str]] = {}      # place -> (kind, name)
         self._taken: set[str] = set()
 
@@ -101,7 +112,8 @@ class Symbols:
         if not tags.distinct:
             what = "a 16 bit float has too few values for its elements" if dtype_name(plain.dtype) in NARROW else "its elements are too many"
             self.recorder.note("CAP002", f"{kind} {name} cannot be found by its values ({what}); take it from ref.weights or ref.batch")
-        self.recorder.emit("tv.symbol", kind, name, plain, writes=(plain,))
+        call = self.recorder.emit("tv.symbol", kind, name, plain, writes=(plain,))
+        self.defined.append(Defined(kind, name, key, call.args[2]))
 
     def _must_be_apart(self, kind: str, name: str, tensor: torch.Tensor) -> None:
         """Symbols are independent of each other, so their memory must be."""
