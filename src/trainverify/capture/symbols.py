@@ -33,7 +33,7 @@ class HandedTensor(msgspec.Struct, frozen=True):
     def build(self) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
         if self.data:
-            tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(self.data, dtype=np.uint8)
+            tensor.reshape(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(self.data), dtype=torch.uint8))
         return tensor
 
 
@@ -104,7 +104,7 @@ class Symbols:
             if not is_real_float(plain) or not plain.numel() or place(plain) in self.names:
                 return
             self._must_be_apart(kind, name, plain)
-            initial = plain.to(torch.float32).contiguous().reshape(-1).numpy().copy()
+            initial = contents(plain.to(torch.float32)).view(np.float32)
             tags = self.tagger.tag(initial, dtype_name(plain.dtype), _positive(kind, key or name, initial))
             plain.copy_(torch.from_numpy(tags.values).reshape(plain.shape))
             self.names[place(plain)] = (kind, name)

@@ -6,6 +6,7 @@ byte stream, so that the coordinator can read from many ranks without blocking o
 """
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -180,10 +181,17 @@ def pack(payload: Sequence[torch.Tensor] | None) -> tuple[Metas, list[memoryview
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             raise TypeError(f"cannot send a {tensor.layout} tensor on {tensor.device}")
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        data = _bytes_of(flat) if flat.numel() else memoryview(b"")
         metas.append(Meta(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data.nbytes))
         parts.append(data)
     return tuple(metas), parts
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    """The tensor's own memory, kept alive. (`numpy()` would forbid the program to resize its storage for ever.)"""
+    array = (ctypes.c_ubyte * flat.nbytes).from_address(flat.data_ptr())
+    array.owner = flat
+    return memoryview(array).cast("B")
 
 
 def unpack(payloads: Sequence[Metas], body: bytes) -> list[list[torch.Tensor] | None]:

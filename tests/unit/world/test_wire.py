@@ -50,3 +50,13 @@ def test_a_stream_may_be_cut_anywhere(cut):
     buffer = wire.Buffer()
     got = [pair for i in range(0, len(stream), cut) for pair in buffer.feed(stream[i:i + cut])]
     assert got == [(messages[0][0], b"abcd"), (messages[1][0], b"xy")]
+
+
+def test_a_packed_storage_can_still_be_resized():
+    """FSDP frees what it has sent. (torch forbids that where numpy has seen the memory.)"""
+    tensor = torch.arange(6.0)
+    _, (part,) = wire.pack([tensor[1:4]])
+    assert bytes(part) == tensor[1:4].numpy().tobytes()
+    tensor = torch.arange(6.0)
+    wire.pack([tensor])
+    tensor.untyped_storage().resize_(0)
