@@ -75,9 +75,9 @@ def run(spec: str) -> dict:
     if report is None:
         sys.exit(f"{shlex.join(command)} gave no report (exit code {process.returncode}):\n{text}")
     details = " ".join(p["detail"] for p in report["phases"])
-    rate = re.search(r"([\d,]+) ops per CPU second", details)
+    rates = re.findall(r"([\d,]+) per CPU second", details)
     return {"spec": spec, "verdict": report["verdict"], "exit_code": process.returncode, "wall": wall, "cpu": use.ru_utime + use.ru_stime, "peak_memory": peak,
-            "ops": report["ops"], "elements": report["elements"], "capture_rate": int(rate[1].replace(",", "")) if rate else None,
+            "ops": report["ops"], "elements": report["elements"], "capture_rate": int(rates[-1].replace(",", "")) if rates else None,
             "phases": {p["name"]: round(p["seconds"], 2) for p in report["phases"]}}
 
 

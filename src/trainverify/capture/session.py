@@ -53,16 +53,14 @@ class Phase(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one side, over all ranks: recorded calls, seconds of CPU and of waiting, memory (PSS, bytes)."""
+    """Of one side, over all ranks: recorded calls, seconds of CPU and of waiting, memory (PSS, bytes); calls per second of CPU during
+    the steps, starting and saving left out."""
 
     ops: int = 0
     cpu: float = 0.0
     waited: float = 0.0
     memory: int = 0
-
-    @property
-    def ops_per_second(self) -> float:
-        return self.ops / self.cpu if self.cpu else 0.0
+    ops_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Captured:
         setattr(self, name, side.program)
         self.diagnostics += side.diagnostics
         self.peak_memory = max(self.peak_memory, side.stats.memory)
-        self.phases.append(Phase(f"capture {name}", side.seconds, f"{side.stats.ops:,} calls"))
+        self.phases.append(Phase(f"capture {name}", side.seconds, f"{side.stats.ops:,} calls, {side.stats.ops_per_second:,.0f} per CPU second"))
 
 
 class _Result(msgspec.Struct):
@@ -118,6 +116,7 @@ class _Result(msgspec.Struct):
     memory: int
     handed: bytes = b""
     early: list[Early] = []                    # not empty: the reference stopped behind its construction, which must define these
+    stepped: tuple[int, float] = (0, 0.0)      # calls and seconds of CPU in the steps
 
 
 # ---- in the parent
@@ -220,7 +219,8 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
     if results:
         write_index(base / side, side, n)
         program = load_program(base / side)
-    stats = Stats(sum(r.ops for r in results), sum(r.cpu for r in results), sum(u.waited for u in world.usage), sum(r.memory for r in results))
+    stats = Stats(sum(r.ops for r in results), sum(r.cpu for r in results), sum(u.waited for u in world.usage), sum(r.memory for r in results),
+                  sum(r.stepped[0] for r in results) / max(sum(r.stepped[1] for r in results), 1e-9))
     return SideCapture(program, world.faults, stats, time.perf_counter() - started), results
 
 
@@ -234,6 +234,7 @@ class _Session:
         self.recorder = Recorder(side, rank.rank, rank.world_size, rank.channel)
         self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0))) if symbols else None
         self.outputs = Outputs(self.recorder, self.symbols)
+        self.stepped = (0, 0.0)
 
     @contextmanager
     def environment(self) -> Iterator[None]:
@@ -262,6 +263,7 @@ class _Session:
     def steps(self, training: Training) -> None:
         """All steps, then finish(), each followed by its outputs."""
         last = self.options.steps
+        calls, clock = len(self.recorder.ops), time.process_time()
         for n in range(1, last + 1):
             self.rank.channel.progress(f"step {n} of {last}")
             self.outputs.begin_step(n)
@@ -273,13 +275,14 @@ class _Session:
             call_through(training.finish, (), {})
         self.outputs.parameters()
         self.outputs.end()
+        self.stepped = len(self.recorder.ops) - calls, time.process_time() - clock
 
     def save(self, handed: bytes = b"", early: Sequence[Early] = ()) -> bytes:
         meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
                 "optimizers": msgspec.json.encode(self.outputs.settings).decode()}
         trace = self.recorder.trace(groups=_groups(), steps=self.options.steps, meta=meta)
         self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
-        result = _Result(len(trace.ops), time.process_time(), _pss(), handed, list(early))
+        result = _Result(len(trace.ops), time.process_time(), _pss(), handed, list(early), self.stepped)
         save_rank(self.base / trace.side, trace, self.recorder.blobs)
         return msgspec.msgpack.encode(result)
 

@@ -85,8 +85,10 @@ class DeviceMode(ReentrantMode):
             args = (args[0], f"cuda:{args[1]}", *args[2:])
         if func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
             args = (args[0], args[1].replace("torch.cuda.", "torch."), *args[2:])
-        if any(isinstance(a, (str, torch.device)) for a in args):
-            args = tuple(self._rewritten(func, a) for a in args)
+        for a in args:
+            if isinstance(a, (str, torch.device)):
+                args = tuple([self._rewritten(func, a) for a in args])
+                break
         if kwargs:
             kwargs = self._keywords(func, kwargs)
         return call_through(func, args, kwargs)

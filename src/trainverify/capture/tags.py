@@ -103,7 +103,7 @@ def _taken(given: np.ndarray, slot: np.ndarray, among: np.ndarray) -> np.ndarray
 def _free(given: np.ndarray, heads: np.ndarray, sign: int) -> np.ndarray:
     """For ascending heads of one sign: distinct ones that nobody has, each at or above its own."""
     end = (sign << (31 - _CHECK_BITS)) + (0x7F800000 >> _CHECK_BITS)    # infinity
-    reach = heads.size
+    reach = 4 * heads.size + 4096
     while True:
         free = heads[0] + np.flatnonzero(~given[heads[0]:min(heads[-1] + reach, end)])
         order = np.arange(heads.size)
@@ -112,7 +112,7 @@ def _free(given: np.ndarray, heads: np.ndarray, sign: int) -> np.ndarray:
             return free[at]
         if heads[-1] + reach >= end:
             raise OverflowError("more symbols of one sign than fp32 numbers")
-        reach *= 2
+        reach *= 8
 
 
 def _checksummed(head: np.ndarray) -> np.ndarray:
