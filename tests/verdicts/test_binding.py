@@ -6,7 +6,7 @@ from torch import nn
 
 import trainverify as tv
 from judge import assert_equal, assert_not_equal, assert_refuted, codes, is_equal, line_of, output, summary
-from programs import WIDTH, batch_of, compare, sgd
+from pairs import WIDTH, Weight, batch_of, compare, sgd
 
 
 class Attention(nn.Module):
@@ -282,7 +282,6 @@ def weighted(count):
 
 
 def verify_weights(weights, number, **options):
-    from programs import Weight
     return compare(weighted(lambda w: w.sum()), weighted(lambda w: number), model=Weight,
                    batch=lambda: {**batch_of(), "weights": weights()}, **options)
 

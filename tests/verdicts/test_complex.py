@@ -2,7 +2,7 @@
 import torch
 
 from judge import assert_equal, assert_not_refuted, assert_refuted, is_equal, line_of, output
-from programs import compare_forward
+from pairs import compare_forward
 
 ANGLE = torch.linspace(-2.0, 2.0, 15).reshape(5, 3)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, is_equal, line_of, output, summary
-from programs import WIDTH, compare, compare_forward, forward, scalars, update
+from pairs import WIDTH, compare, compare_forward, forward, scalars, update
 
 POSITIONS, BASE = 5, 10000.0
 

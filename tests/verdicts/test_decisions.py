@@ -2,7 +2,7 @@
 import torch
 
 from judge import assert_equal, assert_line, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, line_of, summary
-from programs import compare_forward
+from pairs import compare_forward
 
 
 # -- comparisons inside tensors are no decisions: 0/1-valued, equal if their operands are

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from judge import assert_equal, assert_not_equal, assert_refuted, assert_unknown, codes, line_of, summary
-from programs import compare_forward
+from pairs import compare_forward
 from trainverify.engine.options import Options
 from trainverify.verify import verify_spec
 

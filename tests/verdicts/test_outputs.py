@@ -6,7 +6,7 @@ from torch import nn
 
 import trainverify as tv
 from judge import assert_equal, assert_not_equal, assert_refuted, assert_unknown, is_equal, output, summary
-from programs import LR, WIDTH, batch_of, compare, forward, sgd
+from pairs import LR, WIDTH, batch_of, compare, forward, sgd
 
 
 class Pair(nn.Module):

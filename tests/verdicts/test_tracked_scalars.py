@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, line_of
-from programs import compare, compare_forward, sgd, update
+from pairs import compare, compare_forward, sgd, update
 
 MAX_NORM = 0.5
 

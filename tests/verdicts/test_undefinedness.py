@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, line_of
-from programs import compare_forward
+from pairs import compare_forward
 
 HIDDEN = torch.zeros(5, 6, dtype=torch.bool)
 HIDDEN[2] = True

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from judge import assert_equal, assert_not_equal, assert_refuted, codes, line_of, messages, summary
-from programs import compare, compare_forward, forward
+from pairs import compare, compare_forward, forward
 
 
 def product(h):

@@ -45,7 +45,10 @@ def notes():
     return Notes()
 
 
-def test_a_script_for_gpus(tmp_path):
+def test_a_script_for_gpus(tmp_path, monkeypatch):
+    # torch's operator samples, which other tests import, forbid what the script does: setting torch.backends.cudnn's flags
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
+
     def child(rank):
         notes = Notes()
         with (process_groups(rank.rank, 2, notes.note), cuda_shim(notes, local_rank=rank.rank, count=2), Completed()):
