@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from trainverify.diagnostics import Span
-from trainverify.report.model import VERDICTS, Report
+from trainverify.report.model import VERDICTS, Report, Suite
 
 _SPAN_FIELDS = Span.__struct_fields__
 _COMPUTED = ("exit_code", "counts")
@@ -16,16 +16,30 @@ _COMPUTED = ("exit_code", "counts")
 
 def encode(report: Report) -> bytes:
     """The report as indented JSON, ending in a newline."""
-    body = _plain(report)
-    first = {k: body.pop(k) for k in ("schema_version", "verdict")}
-    data = {**first, "exit_code": report.exit_code, "counts": {v: report.count(v) for v in VERDICTS}, **body}
-    return msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n"
+    return _indented(_object(report))
+
+
+def encode_suite(suite: Suite) -> bytes:
+    """Several runs: the worst verdict first, then every run's report."""
+    data = {"schema_version": suite.schema_version, "verdict": suite.verdict, "exit_code": suite.exit_code, "counts": {v: suite.count(v) for v in VERDICTS},
+            "seconds": suite.seconds, "rerun": suite.rerun, "versions": suite.versions, "reports": [_object(r) for r in suite.reports]}
+    return _indented(data)
 
 
 def decode(data: bytes) -> Report:
     """Reads what `encode` wrote; raises msgspec.ValidationError for anything else."""
     plain = msgspec.json.decode(data, type=dict)
     return msgspec.convert(_revive({k: v for k, v in plain.items() if k not in _COMPUTED}), Report)
+
+
+def _object(report: Report) -> dict[str, Any]:
+    body = _plain(report)
+    first = {k: body.pop(k) for k in ("schema_version", "verdict")}
+    return {**first, "exit_code": report.exit_code, "counts": {v: report.count(v) for v in VERDICTS}, **body}
+
+
+def _indented(data: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n"
 
 
 def _plain(x: Any) -> Any:

@@ -55,6 +55,7 @@ class Finding(msgspec.Struct, frozen=True):
     operands: tuple[Operand, ...] = ()
     explains: int = 0                         # number of outputs
     witnesses: tuple[Witness, ...] = ()
+    diagnosis: str = ""                       # its class: multiple, partial sum, permutation, other tensor, reweighted, additive term, stale, ...
 
 
 class Assumption(msgspec.Struct, frozen=True):
@@ -126,3 +127,47 @@ class Report(msgspec.Struct):
 
     def count(self, verdict: str) -> int:
         return sum(o.verdict == verdict for o in self.outputs)
+
+    def equal_only(self, output: OutputResult) -> bool:
+        """Whether an unknown output is one that the evidence calls equal without reserve, and only a proof is missing."""
+        reason = output.reason
+        return output.verdict == "UNKNOWN" and (reason == self.evidence != "" or reason.startswith("equal ") and ", but " not in reason)
+
+    def undecided(self) -> list[OutputResult]:
+        """Unknown outputs for which more is missing than a proof."""
+        return [o for o in self.outputs if o.verdict == "UNKNOWN" and not self.equal_only(o)]
+
+    @property
+    def label(self) -> str:
+        """"spec.py[tp=2]": which run this is."""
+        case = ",".join(f"{k}={v}" for k, v in self.case.items())
+        return (self.spec or "functions") + (f"[{case}]" if case else "")
+
+
+class Suite(msgspec.Struct):
+    """Several runs told together: the cases of a spec, or all specs of a project."""
+
+    reports: list[Report] = []
+    seconds: float = 0.0
+    rerun: str = ""
+    versions: dict[str, str] = {}
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def worst(self) -> Report | None:
+        """The first run of the worst kind: REFUTED over program fault over internal error over UNKNOWN over PROVED."""
+        return min(self.reports, key=lambda r: _WORST.index((r.verdict, r.exit_code if r.verdict == "ERROR" else 0)), default=None)
+
+    @property
+    def verdict(self) -> str:
+        return self.worst.verdict if self.worst is not None else "UNKNOWN"
+
+    @property
+    def exit_code(self) -> int:
+        return self.worst.exit_code if self.worst is not None else 3
+
+    def count(self, verdict: str) -> int:
+        return sum(r.verdict == verdict for r in self.reports)
+
+
+_WORST = (("REFUTED", 0), ("ERROR", 1), ("ERROR", 4), ("UNKNOWN", 0), ("PROVED", 0))

@@ -3,9 +3,12 @@ underline costs clarity only, and a file that cannot be read costs the excerpt o
 from __future__ import annotations
 
 import ast
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+from trainverify.diagnostics import Span
 
 _OPERATORS = {
     "add": ast.Add, "sub": ast.Sub, "rsub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "matmul": ast.MatMult, "mm": ast.MatMult, "bmm": ast.MatMult,
@@ -42,6 +45,24 @@ def excerpt(file: str, line: int, op: str = "") -> Excerpt | None:
     text = "".join(c if " " <= c <= "~" else " " if c == "\t" else "?" for c in raw)
     indent = len(text) - len(text.lstrip())
     return Excerpt(line, text[indent:], max(0, start - indent), max(0, end - indent))
+
+
+def relative_to(file: str, root: str) -> str:
+    """The path as seen from the folder `root`, with "/" between its parts; "" where it does not lie in it."""
+    if not file:
+        return ""
+    rel = os.path.relpath(file, root)
+    return "" if rel == os.pardir or rel.startswith(os.pardir + os.sep) else rel.replace(os.sep, "/")
+
+
+def place_under(span: Span | None, root: str) -> tuple[str, int] | None:
+    """File and line of the innermost frame that lies in `root`: the user's own code where the span itself is in a library."""
+    if span is None:
+        return None
+    for file, line, *_ in ((span.file, span.line), *span.stack):
+        if (rel := relative_to(file, root)) and line > 0:
+            return rel, line
+    return None
 
 
 def _columns(source: str, line: int, raw: str, op: str) -> tuple[int, int]:

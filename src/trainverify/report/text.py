@@ -15,7 +15,7 @@ from trainverify.report.words import count_of, fold_names, join_wrapped, memory_
 
 WIDTH = 80
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
-_TITLES = {"scalar": "scalars", "gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
+TITLES = {"scalar": "scalars", "gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
 _NOUNS = {"parameter": "updated parameter", "state": "optimizer state"}
 _SEVERITY = {"error": "error", "internal": "internal error", "warning": "warning", "note": "note"}
 _JOINED = "\0x\0"                            # keeps "shard(dp) x shard(tp)" on one line
@@ -28,11 +28,11 @@ def render(report: Report, *, width: int = WIDTH, saved: str = "", traces: str =
     sections = [
         _header(report, width),
         _headline(report, width),
-        *[_finding(report, i, width) for i in range(len(report.findings))],
-        *[diagnostic_lines(d, width) for d in _by_severity(report.diagnostics, ("error", "internal"))],
+        *[finding_lines(report, i, width) for i in range(len(report.findings))],
+        *[diagnostic_lines(d, width) for d in by_severity(report.diagnostics, ("error", "internal"))],
         _bindings(report, width),
         _table(report, width),
-        *[diagnostic_lines(d, width) for d in _by_severity(report.diagnostics, ("warning", "note"))],
+        *[diagnostic_lines(d, width) for d in by_severity(report.diagnostics, ("warning", "note"))],
         _facts(report, width),
         _summary(report, width, saved, traces),
     ]
@@ -60,7 +60,7 @@ def _header(report: Report, width: int) -> list[str]:
 
 
 def _headline(report: Report, width: int) -> list[str]:
-    lines = wrap(f"{_word(report)}: ", _says(report), width, indent=2)
+    lines = wrap(f"{_word(report)}: ", says(report), width, indent=2)
     if report.mode == "verify" and report.verdict == "UNKNOWN" and report.evidence:
         lines += wrap("  evidence  ", f"{report.evidence}: this is evidence, not a proof", width)
     return lines
@@ -72,7 +72,7 @@ def _word(report: Report) -> str:
     return {"dry-run": "DRY RUN", "capture": "CAPTURED"}[report.mode]
 
 
-def _says(report: Report) -> str:
+def says(report: Report) -> str:
     """The verdict in one sentence."""
     total = len(report.outputs)
     if report.verdict == "ERROR":
@@ -88,7 +88,7 @@ def _says(report: Report) -> str:
         causes = sum(f.diagnostic.severity == "error" for f in report.findings)
         cause = {0: "no single cause found", 1: "one cause"}.get(causes, f"{causes} causes")
         return f"{report.count('REFUTED')} of {total} outputs differ, {cause}"
-    equal = sum(_equal_only(report, o) for o in report.outputs)
+    equal = sum(report.equal_only(o) for o in report.outputs)
     points = report.evidence.split(",")[0] or "equal in the field"
     if not total:
         return "no output was compared"
@@ -102,19 +102,14 @@ def _says(report: Report) -> str:
 
 
 def _error_sentence(report: Report) -> str:
-    faults = _by_severity(report.diagnostics, ("internal", "error"))
+    faults = by_severity(report.diagnostics, ("internal", "error"))
     if any(d.severity == "internal" for d in faults):
         return "TrainVerify itself failed; this is our fault and says nothing about the program"
     cannot = {"SPEC": "the spec cannot be used", "FILE": "the traces cannot be read"}
     return cannot.get(faults[0].code[:4] if faults else "", "the program cannot run")
 
 
-def _equal_only(report: Report, o: OutputResult) -> bool:
-    """Whether an unknown output is one that the evidence calls equal without reserve, and only a proof is missing."""
-    return o.verdict == "UNKNOWN" and (o.reason == report.evidence != "" or o.reason.startswith("equal ") and ", but " not in o.reason)
-
-
-def _by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -> list[Diagnostic]:
+def by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -> list[Diagnostic]:
     return [d for s in severities for d in diagnostics if d.severity == s]
 
 
@@ -147,7 +142,8 @@ def _place(span: Span, ranks: Sequence[int], op: str, width: int) -> list[str]:
     return lines
 
 
-def _finding(report: Report, index: int, width: int) -> list[str]:
+def finding_lines(report: Report, index: int, width: int = WIDTH) -> list[str]:
+    """One cause with all that is known of it, and its counterexample."""
     f = report.findings[index]
     span = f.diagnostic.span
     modules = f.modules or ((span.module,) if span and span.module else ())
@@ -169,7 +165,7 @@ def _finding(report: Report, index: int, width: int) -> list[str]:
 
 def _explained_kinds(report: Report, index: int) -> str:
     outs = [o for o in report.outputs if o.finding == index]
-    kinds = {k: sum(o.kind == k for o in outs) for k in dict.fromkeys(o.kind for o in outs)}
+    kinds = {k: sum(o.kind == k for o in outs) for k in sorted({o.kind for o in outs}, key=lambda k: (*KINDS, k).index(k))}
     return ": " + ", ".join(count_of(n, _NOUNS.get(k, k)) for k, n in kinds.items()) if kinds else ""
 
 
@@ -226,7 +222,7 @@ def _table(report: Report, width: int) -> list[str]:
 def _title(kind: str, outs: Sequence[OutputResult]) -> str:
     """The row's first column: scalars by name while they are few."""
     names = ", ".join(dict.fromkeys(o.name for o in outs)) if kind == "scalar" else ""
-    return names if 0 < len(names) <= 24 else _TITLES.get(kind, kind)
+    return names if 0 < len(names) <= 24 else TITLES.get(kind, kind)
 
 
 def _layouts(kind: str, outs: Sequence[OutputResult]) -> str:
@@ -250,7 +246,7 @@ def _not_proved(report: Report, outs: Sequence[OutputResult], pad: int, width: i
     """
     groups: dict[tuple[str, str], list[OutputResult]] = {}
     for o in outs:
-        if o.verdict != "PROVED" and not _equal_only(report, o):
+        if o.verdict != "PROVED" and not report.equal_only(o):
             groups.setdefault((o.verdict, _LEADING.sub("", _why(report, o))), []).append(o)
     lines = []
     for (verdict, _), members in groups.items():

@@ -80,6 +80,11 @@ def memory_text(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
 
 
+def ascii_text(text: str) -> str:
+    """Printable ASCII and newlines; everything else as its escape ("\\x1b", "\\xe9"), which no document format forbids."""
+    return "".join(c if c == "\n" or " " <= c <= "~" else c.encode("unicode_escape").decode() for c in text)
+
+
 def short_path(path: str) -> str:
     """Relative to the current folder where it lies in it, else as it is."""
     if not os.path.isabs(path):

@@ -17,7 +17,7 @@ ALONGSIDE = {
     "shapes": {"diagnostics", "ir", "ops"},
     "progress": set(), "explain": set(), "optable": {"ops"},
     "cli": {*LAYERS, "progress", "explain", "optable"},
-    "verify": {"capture", "api"}, "relate": {"kernel"},
+    "verify": {"capture", "api"}, "relate": {"kernel"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify"},
 }
 NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "cli", "progress", "explain", "optable", "__init__", "__main__")

@@ -5,39 +5,10 @@ import math
 import pytest
 from trainverify.diagnostics import Span
 from trainverify.report import json_, schema
-from trainverify.report.model import Report
+from trainverify.report.model import Report, Suite
 
 from . import reports
-
-
-def problems(value, rule, defs, path="$"):
-    """What of `value` breaks a JSON schema rule; knows the keywords that our schema uses and refuses others."""
-    unknown = rule.keys() - {"$ref", "$schema", "$defs", "title", "description", "type", "properties", "required", "additionalProperties", "items",
-                             "prefixItems", "minItems", "maxItems", "anyOf", "enum", "const"}
-    assert not unknown, unknown
-    if "$ref" in rule:
-        return problems(value, defs[rule["$ref"].removeprefix("#/$defs/")], defs, path)
-    if "anyOf" in rule:
-        tried = [problems(value, r, defs, path) for r in rule["anyOf"]]
-        return [] if any(not t for t in tried) else tried[0]
-    if "enum" in rule or "const" in rule:
-        return [] if value in rule.get("enum", [rule.get("const")]) else [f"{path}: {value!r}"]
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
-    if "type" in rule and (not isinstance(value, kinds[rule["type"]]) or (isinstance(value, bool) and rule["type"] != "boolean")):
-        return [f"{path}: {value!r} is no {rule['type']}"]
-    found = []
-    if isinstance(value, dict):
-        known = rule.get("properties", {})
-        found += [f"{path}: no {k}" for k in rule.get("required", ()) if k not in value]
-        for k, v in value.items():
-            inner = known.get(k, rule.get("additionalProperties", True))
-            found += [f"{path}: surplus {k}"] if inner is False else [] if inner is True else problems(v, inner, defs, f"{path}.{k}")
-    if isinstance(value, list):
-        for i, v in enumerate(value):
-            fixed = rule.get("prefixItems", [])
-            inner = fixed[i] if i < len(fixed) else rule.get("items", True)
-            found += [f"{path}[{i}]: surplus"] if inner is False else [] if inner is True else problems(v, inner, defs, f"{path}[{i}]")
-    return found
+from .validate import problems
 
 
 @pytest.mark.parametrize("name", reports.ALL)
@@ -62,8 +33,18 @@ def test_the_schema_refuses_what_is_not_a_report():
             del holder[key]
 
 
-def test_committed_schema_is_the_generated_one():
-    assert schema.FILE.read_text() == schema.text(), "run `python -m trainverify.report.schema`"
+def test_committed_schemas_are_the_generated_ones():
+    for file, made in ((schema.FILE, schema.schema()), (schema.SUITE_FILE, schema.suite_schema())):
+        assert file.read_text() == schema.text(made), "run `python -m trainverify.report.schema`"
+
+
+def test_a_suite_fits_its_schema_and_tells_the_worst():
+    suite = Suite([make() for make in reports.ALL.values()], 3.5, "trainverify verify", {"trainverify": "0.1.0"})
+    rule = schema.suite_schema()
+    plain = json.loads(json_.encode_suite(suite))
+    assert problems(plain, rule, rule["$defs"]) == []
+    assert plain["verdict"] == "REFUTED" and plain["exit_code"] == 1 and plain["counts"] == {"PROVED": 1, "REFUTED": 1, "UNKNOWN": 4, "ERROR": 2}
+    assert plain["reports"][2] == json.loads(json_.encode(reports.refuted()))
 
 
 def test_spans_are_objects_and_every_field_is_there():
