@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from trainverify import __version__
 from trainverify.diagnostics import Fault
+from trainverify.report.formats import FORMATS
 
 FOLDER = Path(".trainverify")
 _EXITS = "exit codes: 0 PROVED, 1 REFUTED or the program faulted, 2 usage, 3 UNKNOWN, 4 an error of TrainVerify itself, 130 interrupted"
@@ -68,11 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     verify = commands.add_parser("verify", help="check a spec, or the traces of an earlier capture", epilog=_EXITS)
-    verify.add_argument("path", metavar="SPEC.py|DIR", type=_existing)
+    verify.add_argument("path", metavar="SPEC.py|DIR", type=_existing, nargs="?", help="without it: the specs of [tool.trainverify] in pyproject.toml")
+    verify.add_argument("--all-cases", action="store_true", help="every entry of the spec's CASES, with one table")
     _capture_arguments(verify)
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
-    verify.add_argument("--format", choices=("text", "json"), default="text", help="what stdout gets, or FILE with -o (default: text)")
+    verify.add_argument("--format", choices=FORMATS, default="text", help="what stdout gets, or FILE with -o (default: text)")
     verify.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report here in --format; stdout then gets the text")
     verify.set_defaults(run=_verify)
 
@@ -95,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 def _capture_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ranks", metavar="N", type=_positive, help="world size (default: RANKS of the spec)")
     p.add_argument("--case", metavar="K=V,...", type=_case, action="append", default=[], help="arguments of parallel(ref, ...)")
-    p.add_argument("--steps", metavar="K", type=_positive, default=2, help="training steps (default: 2)")
+    p.add_argument("--steps", metavar="K", type=_positive, help="training steps (default: 2)")
     p.add_argument("--seed", metavar="S", type=int, default=0, help="of symbols and field points (default: 0)")
-    p.add_argument("--timeout", metavar="SECONDS", type=_seconds, default=300.0, help="wall-clock limit of each side's capture (default: 300)")
+    p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="wall-clock limit of each side's capture (default: 300)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     p.add_argument("--debug", action="store_true", help="keep the traces, and print the traceback of an internal error")
 
@@ -165,63 +169,122 @@ def _literal(text: str) -> str | int | float | bool:
 
 # ---- verify and capture
 
-def _options(args: argparse.Namespace, **more: Any) -> Any:
-    options = importlib.import_module("trainverify.engine.options")
-    case = {k: v for part in args.case for k, v in part.items()}
-    return options.Options(ranks=args.ranks, case=case, steps=args.steps, seed=args.seed, timeout=args.timeout, keep=args.debug, **more)
+def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = None, **more: Any) -> Any:
+    """What the engine is told: the command line, else the project's table, else the defaults."""
+    options = importlib.import_module("trainverify.engine.options").Options
+    given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
+    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, **{k: v for k, v in given.items() if v is not None}, **more)
+
+
+def _case_given(args: argparse.Namespace) -> dict[str, Any]:
+    return {k: v for part in args.case for k, v in part.items()}
 
 
 def _verify(args: argparse.Namespace, argv: list[str]) -> int:
-    options = _options(args, accept=tuple(args.accept), dry_run=args.dry_run)
+    if args.path is None or args.all_cases:
+        return _verify_all(args, argv)
+    options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run)
     entry = "verify_dir" if args.path.is_dir() else "verify_spec"
-    report = _run(args, entry, args.path, options)
+    report = _run(args, options, entry, args.path, options)
     if args.dry_run:
         report.mode = "dry-run"
     return _deliver(report, args, argv, args.format, args.output)
 
 
+def _verify_all(args: argparse.Namespace, argv: list[str]) -> int:
+    """Every case of a spec, or what the project's table names."""
+    from trainverify import cases
+    from trainverify.config import load_config
+    from trainverify.report.model import Suite
+    from trainverify.report.text import diagnostic_lines
+    from trainverify.report.versions import versions
+
+    if args.case and args.all_cases:
+        return _usage("--all-cases and --case exclude each other")
+    if args.path is not None and args.path.is_dir():
+        return _usage(f"--all-cases needs a spec: {args.path} holds the traces of one case")
+    config = None
+    if args.path is None:
+        try:
+            config = load_config(Path.cwd())
+        except Fault as fault:
+            print("\n".join(line for d in fault.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
+            return 2
+    started = time.perf_counter()
+    runs, reports = _planned(args, config)
+    reports += cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()))
+    return _deliver(Suite(reports, time.perf_counter() - started, versions=versions()), args, argv, args.format, args.output)
+
+
+def _planned(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[Any]]:
+    """The runs to make, and the reports of specs that cannot even be asked for their cases."""
+    from trainverify import cases
+    from trainverify.report.model import Report
+
+    runs, broken = [], []
+    for spec in config.specs if config is not None else (args.path,):
+        spec = Path(os.path.relpath(spec)) if spec.is_relative_to(Path.cwd()) else spec
+        try:
+            given = [_case_given(args)] if args.case else config.cases if config is not None and config.cases and not args.all_cases else cases.cases_of(spec)
+        except Fault as fault:
+            broken.append(Report(verdict="ERROR", spec=str(spec), ranks=args.ranks or 0, seed=args.seed, diagnostics=list(fault.diagnostics)))
+            continue
+        for case in given:
+            kept = {"workdir": FOLDER / f"traces-{len(runs) + 1}"} if args.debug else {}
+            runs.append(cases.Run(spec, _options(args, case, config, accept=tuple(args.accept), dry_run=args.dry_run, **kept)))
+    return runs, broken
+
+
+def _usage(text: str) -> int:
+    print(f"trainverify verify: error: {text}", file=sys.stderr)
+    return 2
+
+
 def _capture(args: argparse.Namespace, argv: list[str]) -> int:
-    report = _run(args, "capture_spec", args.path, args.output, _options(args))
+    options = _options(args, _case_given(args))
+    report = _run(args, options, "capture_spec", args.path, args.output, options)
     report.mode = "capture"
     return _deliver(report, args, argv, "text", None, str(args.output) if report.verdict != "ERROR" else "")
 
 
-def _run(args: argparse.Namespace, entry: str, *arguments: Any) -> Any:
-    """Call the engine; a fault that it could not put into a report of its own becomes one here."""
+def _run(args: argparse.Namespace, options: Any, entry: str, *arguments: Any) -> Any:
+    """Call the engine; a fault that it could not put into a report of its own becomes one here. What the spec prints goes to stderr: stdout is the report's."""
     from trainverify.progress import progress_to
     from trainverify.report.model import Report
     progress = progress_to(sys.stderr, args.quiet)
     try:
         progress("start", str(args.path))
-        return getattr(importlib.import_module("trainverify.verify"), entry)(*arguments, progress)
+        with contextlib.redirect_stdout(sys.stderr):
+            return getattr(importlib.import_module("trainverify.verify"), entry)(*arguments, progress)
     except Fault as fault:
-        case = {k: v for part in args.case for k, v in part.items()}
-        return Report(verdict="ERROR", spec=str(args.path), case=case, ranks=args.ranks or 0, steps=args.steps, seed=args.seed,
+        return Report(verdict="ERROR", spec=str(args.path), case=options.case, ranks=args.ranks or 0, steps=options.steps, seed=args.seed,
                       diagnostics=list(fault.diagnostics))
     finally:
         progress.close()
 
 
-def _deliver(report: Any, args: argparse.Namespace, argv: list[str], form: str, output: Path | None, traces: str = "") -> int:
-    """Keep the report, write it where it was asked for, and say its exit code."""
-    from trainverify.report import json_, text
+def _deliver(result: Any, args: argparse.Namespace, argv: list[str], form: str, output: Path | None, traces: str = "") -> int:
+    """Keep the report (or the suite of reports), write it where it was asked for, and say its exit code."""
+    from trainverify.report import formats, table, text
+    from trainverify.report.model import Suite
     from trainverify.report.versions import versions
-    report.rerun = _rerun(argv)
-    report.versions = report.versions or versions()
-    data = json_.encode(report)
-    rendered = text.render(report, saved=_keep("last.json", data), traces=traces)
+    result.rerun = _rerun(argv)
+    result.versions = result.versions or versions()
+    saved = _keep("last.json", formats.render("json", result, "").encode())
+    rendered = table.render(result, saved=saved) if isinstance(result, Suite) else text.render(result, saved=saved, traces=traces)
+    written = rendered if form == "text" else formats.render(form, result, os.environ.get("GITHUB_WORKSPACE") or os.getcwd())
     if output:
         try:
-            output.write_bytes(data if form == "json" else rendered.encode())
+            output.write_bytes(written.encode())
         except OSError as e:
             print(f"trainverify: cannot write {output}: {e.strerror}", file=sys.stderr)
             text.show(rendered, sys.stdout)
             return 2
-    if form == "json" and not output:
-        sys.stdout.write(data.decode())
-    else:
+    if form == "text" or output:
         text.show(rendered, sys.stdout)
-    return report.exit_code
+    else:
+        sys.stdout.write(written)
+    return result.exit_code
 
 
 def _rerun(argv: list[str]) -> str:

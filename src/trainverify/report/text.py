@@ -291,10 +291,7 @@ def _facts(report: Report, width: int) -> list[str]:
             lines += _listed("holds for", ["every value of the weights, over the real numbers"], width)
         scope = f"these token ids, sizes, {count_of(report.ranks, 'rank')} and this case"
         lines += _listed("only for", [scope], width)
-    assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for a in report.assumptions]
-    lines += _listed("assumes", assumed, width) + _listed("not run", [short_paths(t) for t in report.not_run], width)
-    weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for d in report.warnings]
-    lines += _listed("weak spec", weak, width)
+    lines += facts([report], width)
     if report.phases:
         times = [f"{p.name} {p.seconds:.1f} s" + (f" ({p.detail})" if p.detail else "") for p in report.phases]
         lines += _listed("time", [", ".join(times)], width)
@@ -304,6 +301,15 @@ def _facts(report: Report, width: int) -> list[str]:
     if told:
         lines += _listed("codes", [f"trainverify explain CODE tells more: {', '.join(dict.fromkeys(told))}"], width)
     return lines
+
+
+def facts(reports: Sequence[Report], width: int = WIDTH) -> list[str]:
+    """What the verdicts of these runs rest on, and what their inputs could not have shown; what several say is said once."""
+    assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for r in reports for a in r.assumptions]
+    not_run = [short_paths(t) for r in reports for t in r.not_run]
+    weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for r in reports for d in r.warnings]
+    told = (("assumes", assumed), ("not run", not_run), ("weak spec", weak))
+    return [line for label, items in told for line in _listed(label, list(dict.fromkeys(items)), width)]
 
 
 def _listed(label: str, items: Sequence[str], width: int) -> list[str]:

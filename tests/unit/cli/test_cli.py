@@ -108,13 +108,32 @@ def test_json_in_a_file_and_text_on_stdout(engine, capsys):
     assert "PROVED: all 1 outputs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("form", "start"), [("junit", "<?xml"), ("github", "::notice title=PROVED"), ("sarif", "{")])
+def test_further_formats_on_stdout_and_in_a_file(engine, capsys, form, start):
+    cli.main(["verify", "spec.py", "--format", form])
+    printed = capsys.readouterr().out
+    assert printed.startswith(start)
+    cli.main(["verify", "spec.py", "--format", form, "-o", "report"])
+    assert Path("report").read_text() == printed and "PROVED: all 1 outputs" in capsys.readouterr().out
+
+
+def test_what_the_spec_prints_goes_to_stderr(engine, capsys):
+    def chatty(path, options, progress):
+        print("hello")
+        return engine.answer
+    engine.verify_spec = chatty
+    cli.main(["verify", "spec.py", "-q", "--format", "json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["verdict"] == "PROVED" and err == "hello\n"
+
+
 def test_the_rerun_command_leaves_out_where_the_report_goes(engine):
     cli.main(["verify", "spec.py", "-q", "--format", "json", "-o", "report.json", "--case", "name=a b"])
     assert engine.answer.rerun == "trainverify verify spec.py --case 'name=a b'"
 
 
 @pytest.mark.parametrize("argv", [
-    [], ["verify"], ["verify", "gone.py"], ["verify", "notes.txt"], ["verify", "spec.py", "--ranks", "0"], ["verify", "spec.py", "--steps", "x"],
+    [], ["verify", "gone.py"], ["verify", "notes.txt"], ["verify", "spec.py", "--ranks", "0"], ["verify", "spec.py", "--steps", "x"],
     ["verify", "spec.py", "--case", "tp"], ["verify", "spec.py", "--timeout", "-1"], ["verify", "spec.py", "--timeout", "nan"],
     ["verify", "spec.py", "--accept", "file.py"], ["verify", "spec.py", "--format", "xml"], ["capture", "spec.py"], ["capture", "traces", "-o", "x"], ["prove", "spec.py"],
 ])

@@ -16,11 +16,12 @@ ALONGSIDE = {
     "kernel": {"diagnostics"},
     "shapes": {"diagnostics", "ir", "ops"},
     "progress": set(), "explain": set(), "optable": {"ops"},
-    "cli": {*LAYERS, "progress", "explain", "optable"},
+    "cli": {*LAYERS, "progress", "explain", "optable", "config", "cases"},
+    "config": {"diagnostics"}, "cases": {"verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
     "verify": {"capture", "api"}, "relate": {"kernel"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify"},
 }
-NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "cli", "progress", "explain", "optable", "__init__", "__main__")
+NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "cli", "progress", "explain", "optable", "config", "cases", "pytest_plugin", "__init__", "__main__")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
