@@ -1,7 +1,7 @@
 """Megatron-LM issue 1446: with sequence parallelism the gradient of a norm's weight is this rank's share, from its part of the
 sequence. Gradients are brought together after the backward for the parameters that carry a mark, and the final norm was made
 without it."""
-from kit import TP_SHARDS, SequenceNet, TpMlp, clip_sharded, finalize, load, loss_of, mark, mesh_of, rows_of, sharded, single, total, training, valid
+from kit import TP_SHARDS, SequenceNet, TpMlp, finalize, load, mark, mesh_of, single, tp_training
 
 RANKS = 6
 BUG = {"id": "A1", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1446", "diagnosis": "partial sum",
@@ -18,12 +18,4 @@ def parallel(ref, fixed=False):
         mark(*layer.norm2.parameters())
     if fixed:
         mark(*model.norm.parameters())
-    tokens, labels = rows_of(ref.batch, dp)
-
-    def backward():
-        loss = loss_of(model(tokens), labels, "sum") / total(valid(labels), dp)
-        loss.backward()
-        finalize(model, tp, dp)
-        return total(loss, dp)
-
-    return training(model, backward, clip=lambda ps: clip_sharded(ps, sharded(model), tp))
+    return tp_training(ref, model, dp, tp, after=lambda: finalize(model, tp, dp))

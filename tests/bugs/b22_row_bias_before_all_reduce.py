@@ -1,7 +1,7 @@
 """text-generation-inference issue 1036 (also Paddle 35186): every rank adds the bias of a row-parallel linear layer to its own
 share, so that the all-reduce sums as many biases as there are ranks."""
 import torch.nn.functional as F
-from kit import TP_SHARDS, Copy, Net, Reduce, TpMlp, clip_sharded, load, loss_of, mesh_of, rows_of, sharded, single, sum_grads, total, training, valid
+from kit import TP_SHARDS, Copy, Net, Reduce, TpMlp, load, mesh_of, single, tp_training
 
 RANKS = 6
 BUG = {"id": "B22", "link": "https://github.com/huggingface/text-generation-inference/issues/1036", "diagnosis": "additive term",
@@ -19,12 +19,4 @@ def parallel(ref, fixed=False):
     mesh = mesh_of(dp=2, tp=3)
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     model = load(Net(mlp=lambda: (TpMlp if fixed else BiasedMlp)(tp)), ref.weights, tp, TP_SHARDS)
-    tokens, labels = rows_of(ref.batch, dp)
-
-    def backward():
-        loss = loss_of(model(tokens), labels, "sum") / total(valid(labels), dp)
-        loss.backward()
-        sum_grads(model.parameters(), dp)
-        return total(loss, dp)
-
-    return training(model, backward, clip=lambda ps: clip_sharded(ps, sharded(model), tp))
+    return tp_training(ref, model, dp, tp)

@@ -45,10 +45,10 @@ class Attention(nn.Module):
 class Moe(nn.Module):
     """Top-k experts of a softmax router. `run` takes all tokens and the weight of every (token, expert), 0 where not chosen."""
 
-    def __init__(self, experts=EXPERTS):
+    def __init__(self, experts=EXPERTS, ffn=FFN):
         super().__init__()
         self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.w1, self.w2 = nn.Parameter(torch.randn(experts, HIDDEN, FFN) / 3), nn.Parameter(torch.randn(experts, FFN, HIDDEN) / 4)
+        self.w1, self.w2 = nn.Parameter(torch.randn(experts, HIDDEN, ffn) / 3), nn.Parameter(torch.randn(experts, ffn, HIDDEN) / 4)
 
     def route(self, x):
         scores = self.router(x).softmax(-1)
@@ -117,8 +117,8 @@ def valid(labels):
     return (labels != IGNORE).sum()
 
 
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, fused=True)
+def adamw(parameters, fused=True):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, fused=fused)
 
 
 def clip(parameters):
@@ -137,7 +137,7 @@ def clip_sharded(parameters, sharded, group):
 
 def training(model, backward, optimizer=None, clip=clip, batch=None):
     """backward() runs forward and backward, brings gradients in order, and returns the reported loss (or a dict of scalars)."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer or adamw(parameters)
 
     def step():
@@ -275,6 +275,19 @@ class Gather(torch.autograd.Function):
         return (reduce_scatter if ctx.shares else part)(grad, ctx.group, ctx.dim), None, None, None
 
 
+class Scatter(torch.autograd.Function):
+    """This rank's part of a whole that all ranks have; the backward gathers."""
+
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return part(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.group, ctx.dim), None, None
+
+
 class ReduceScatter(torch.autograd.Function):
     """Each rank's part of the sum of the shares; the backward gathers."""
 
@@ -357,6 +370,19 @@ def finalize(model, tp, dp):
     sum_grads(model.parameters(), dp)
 
 
+def tp_training(ref, model, dp, tp, after=None, shards=TP_SHARDS):
+    """Every dp rank trains on its rows; after() brings the gradients together (by default, sums over dp)."""
+    tokens, labels = rows_of(ref.batch, dp)
+
+    def backward():
+        loss = loss_of(model(tokens), labels, "sum") / total(valid(labels), dp)
+        loss.backward()
+        after() if after else sum_grads(model.parameters(), dp)
+        return total(loss, dp)
+
+    return training(model, backward, clip=lambda ps: clip_sharded(ps, sharded(model, shards), tp))
+
+
 # ---- expert parallelism
 
 class EpMoe(Moe):
@@ -370,6 +396,22 @@ class EpMoe(Moe):
         x, weights = Gather.apply(x, self.ep, 0, True), Gather.apply(weights, self.ep, 0, True)
         y = super().run(x, weights.chunk(dist.get_world_size(self.ep), -1)[dist.get_rank(self.ep)])
         return ReduceScatter.apply(y, self.ep, 0)
+
+
+def ep_training(ref, model, ep, reduce_experts, shards=EP_SHARDS):
+    """Data parallel over all ranks, experts over ep: losses count world times and dense gradients are averaged, as DDP has it. What
+    reduce_experts(parameters) does to the experts' gradients, which cover the tokens of all ep ranks, is the caller's."""
+    tokens, labels = rows_of(ref.batch, None)
+    experts, dense = ([p for p in ps if p.requires_grad] for ps in (sharded(model, shards), replicated(model, shards)))
+
+    def backward():
+        loss = loss_of(model(tokens), labels, "sum") / total(valid(labels))
+        (loss * dist.get_world_size()).backward()
+        mean_grads(dense, None)
+        reduce_experts(experts)
+        return total(loss)
+
+    return training(model, backward, clip=lambda ps: clip_sharded(ps, experts, ep))
 
 
 # ---- pipelines
@@ -399,8 +441,18 @@ class Stage(nn.Module):
         return self
 
 
-def gpipe(stage, microbatches, loss_of_microbatch, rank, n):
-    """All forwards, then all backwards. Stages are the ranks of the world; returns this stage's losses (the last one's)."""
+def clip_stage(parameters, counted, pp):
+    """Clips by the norm over all stages; `counted` are the parameters that count on this one (a tied copy does not)."""
+    square = nn.utils.get_total_norm([p.grad for p in counted]) ** 2
+    dist.all_reduce(square, group=pp)
+    norm = square.sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, MAX_NORM, norm)
+    return norm
+
+
+def gpipe(stage, microbatches, loss_of_microbatch):
+    """All forwards, then all backwards; the neighbours in the world are the next stages. Returns the losses (the last stage's)."""
+    rank = dist.get_rank()
     kept, losses = [], []
     for tokens, labels in microbatches:
         x = tokens
