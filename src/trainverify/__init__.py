@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # At once and not on first use: loading the submodule `verify` later would put the module in the place of the function.
-from trainverify.verify import assert_equivalent, verify
+from trainverify.testing import assert_equivalent
+from trainverify.verify import verify
 
 if TYPE_CHECKING:
     from trainverify.api import Training, fixed, local, op

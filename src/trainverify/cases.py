@@ -23,6 +23,7 @@ from trainverify.engine.options import Options
 from trainverify.progress import progress_to
 from trainverify.report import json_
 from trainverify.report.model import Report
+from trainverify.report.versions import versions
 
 _PR_SET_PDEATHSIG = 1
 _PATIENCE = (1.0, 4.0)                        # seconds for an interrupted run to end: by itself, and when told again
@@ -55,9 +56,14 @@ def cases_of(path: str | os.PathLike) -> list[dict[str, Any]]:
     return msgspec.json.decode(answer.value, type=list[dict[str, Any]]) or [{}]
 
 
+def preload() -> None:
+    """Import once what every run needs; the forked processes share it."""
+    importlib.import_module("trainverify.capture.world").preload()
+
+
 def run_all(runs: Sequence[Run], quiet: bool, keep_error: Callable[[str], str]) -> list[Report]:
     """A report of every run, in order; `keep_error` writes the traceback of an error of our own and says where."""
-    importlib.import_module("trainverify.verify")
+    preload()
     reports = []
     for i, run in enumerate(runs, 1):
         case = Report(spec=str(run.spec), case=run.options.case)
@@ -70,7 +76,7 @@ def run_all(runs: Sequence[Run], quiet: bool, keep_error: Callable[[str], str]) 
             continue
         own = [] if answer.faults else [_own_fault(answer, "the run", keep_error(answer.traceback) if answer.traceback else "")]
         reports.append(Report(verdict="ERROR", spec=str(run.spec), case=run.options.case, ranks=run.options.ranks or 0, steps=run.options.steps,
-                              seed=run.options.seed, seconds=time.perf_counter() - started, diagnostics=[*answer.faults, *own]))
+                              seed=run.options.seed, seconds=time.perf_counter() - started, diagnostics=[*answer.faults, *own], versions=versions()))
     return reports
 
 

@@ -211,6 +211,7 @@ def _verify_all(args: argparse.Namespace, argv: list[str]) -> int:
             print("\n".join(line for d in fault.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
             return 2
     started = time.perf_counter()
+    cases.preload()
     runs, reports = _planned(args, config)
     reports += cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()))
     return _deliver(Suite(reports, time.perf_counter() - started, versions=versions()), args, argv, args.format, args.output)

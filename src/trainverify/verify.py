@@ -58,20 +58,6 @@ def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | N
     return _verify(lambda: spec_of(reference, parallel, ranks, ops), options, _quiet, "")
 
 
-def assert_equivalent(reference, parallel=None, **options) -> Report:
-    """For tests: raises AssertionError, whose message is the text report, unless nothing was found different or faulty.
-
-    Until every proof exists, outputs that are equal in the field count as passed; the report says so.
-    """
-    report = verify(reference, parallel, **options)
-    undecided = any(o.verdict != "PROVED" and not (o.verdict == "UNKNOWN" and o.reason.startswith("equal at")) for o in report.outputs)
-    if report.exit_code not in (0, 3) or undecided or not report.outputs:
-        from trainverify.report.text import render
-
-        raise AssertionError("\n" + render(report))
-    return report
-
-
 def capture_spec(path, out: Path, options: Options = Options(), progress: Callable = _quiet) -> Report:
     """Capture only; the traces stay in `out`, and verify_dir works from them. The report has no outputs: nothing was compared."""
     from trainverify.capture.spec import load_spec

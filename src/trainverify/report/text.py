@@ -59,6 +59,11 @@ def _header(report: Report, width: int) -> list[str]:
     return lines
 
 
+def headline(report: Report) -> str:
+    """The verdict in one line."""
+    return f"{_word(report)}: {says(report)}"
+
+
 def _headline(report: Report, width: int) -> list[str]:
     lines = wrap(f"{_word(report)}: ", says(report), width, indent=2)
     if report.mode == "verify" and report.verdict == "UNKNOWN" and report.evidence:

@@ -47,6 +47,7 @@ def project(tmp_path, monkeypatch):
     fake = types.ModuleType("trainverify.verify")
     fake.verify_spec = answer
     monkeypatch.setitem(sys.modules, "trainverify.verify", fake)
+    monkeypatch.setattr(cases, "preload", lambda: None)
     return tmp_path
 
 
