@@ -7,7 +7,7 @@ from kit import EP_SHARDS, EpMoe, Moe, Net, adamw, clip_sharded, load, loss_of, 
 from torch.nn.utils import parameters_to_vector
 
 RANKS = 6
-BUG = {"id": "D14", "link": "https://github.com/deepspeedai/DeepSpeed/pull/2058", "diagnosis": "other",
+BUG = {"id": "D14", "link": "https://github.com/deepspeedai/DeepSpeed/pull/2058", "diagnosis": "never updated",
        "line": "bit16[partition].copy_(fp32)", "also": ["dist.all_gather(", "p.data.copy_("]}
 
 

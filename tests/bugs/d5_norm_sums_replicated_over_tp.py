@@ -8,7 +8,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 RANKS = 6
 BUG = {"id": "D5", "link": "https://github.com/NVIDIA-NeMo/RL/pull/3788", "diagnosis": "additive term",
-       "line": "norm = total(torch.stack([square(g) for g in grads]).sum(), tp).sqrt()", "also": ["torch._foreach_mul_("]}
+       "line": "dist.all_reduce(over_tp, group=tp)", "also": ["over_tp = torch.stack([square(g) for g in grads])", "norm = over_tp.sqrt()"]}
 
 
 def reference():
@@ -26,7 +26,9 @@ def get_grad_norm(parameters, tp, fixed):
         once = [square(g) for g in grads if not (isinstance(g, DTensor) and g.placements[0].is_shard())]
         norm = (over_tp + torch.stack(once).sum()).sqrt()
     else:
-        norm = total(torch.stack([square(g) for g in grads]).sum(), tp).sqrt()
+        over_tp = torch.stack([square(g) for g in grads]).sum()
+        dist.all_reduce(over_tp, group=tp)
+        norm = over_tp.sqrt()
     return norm
 
 

@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 RANKS = 4
 BUG = {"id": "D6", "link": "https://github.com/pytorch/pytorch/pull/88955", "diagnosis": "multiple",
-       "line": "total_norm = total(local_norm ** 2).sqrt()", "also": ["clip_grads_with_norm_("]}
+       "line": "dist.all_reduce(square)", "also": ["total_norm = square.sqrt()"]}
 
 
 def reference():
@@ -20,7 +20,9 @@ class Fsdp(FullyShardedDataParallel):
         if fixed and self.sharding_strategy == ShardingStrategy.NO_SHARD:
             total_norm = local_norm
         else:
-            total_norm = total(local_norm ** 2).sqrt()
+            square = local_norm ** 2
+            dist.all_reduce(square)
+            total_norm = square.sqrt()
         clip_grads_with_norm_(self.parameters(), max_norm, total_norm)
         return total_norm
 

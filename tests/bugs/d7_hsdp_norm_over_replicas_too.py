@@ -1,12 +1,13 @@
 """VeOmni issue 184: with hybrid sharding (FSDP inside a group, replicas across groups) the squares of the local gradient norms were
 summed over both axes of the mesh. Every replica has all shards: the norm is too large by the square root of the replicas."""
 import torch
+import torch.distributed as dist
 from kit import MAX_NORM, Net, load, loss_of, mesh_of, rows_of, single, total, training, valid
 from torch.distributed.fsdp import fully_shard
 
 RANKS = 6
 BUG = {"id": "D7", "link": "https://github.com/ByteDance-Seed/VeOmni/issues/184", "diagnosis": "other",
-       "line": "square = total(square, group)", "also": ["norm = square.sqrt()", "torch._foreach_mul_("]}
+       "line": "dist.all_reduce(square, group=group)", "also": ["norm = square.sqrt()"]}
 reference = single
 
 
@@ -17,7 +18,7 @@ def local_shards(parameters):
 def clip_grad_norm(parameters, groups):
     square = torch.stack([g.square().sum() for g in local_shards(parameters)]).sum()
     for group in groups:
-        square = total(square, group)
+        dist.all_reduce(square, group=group)
     norm = square.sqrt()
     torch._foreach_mul_(local_shards(parameters), (MAX_NORM / (norm + 1e-6)).clamp(max=1.0))
     return norm

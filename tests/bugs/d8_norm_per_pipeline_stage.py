@@ -30,7 +30,7 @@ def parallel(ref, fixed=False):
     microbatches = list(zip(tokens.chunk(MICROBATCHES), labels.chunk(MICROBATCHES)))
 
     def backward():
-        losses = gpipe(stage, microbatches, lambda y, t: loss_of(y, t, "sum") / valid(labels), rank, RANKS)
+        losses = gpipe(stage, microbatches, lambda y, t: loss_of(y, t, "sum") / valid(labels))
         return {"loss": sum(losses)} if stage.last else {}
 
     return training(stage, backward, clip=lambda ps: clip_grad_norm(ps, fixed))

@@ -10,8 +10,8 @@ RANKS = 3
 MICROBATCHES = 2
 NORM = math.inf
 LIMIT = MAX_NORM / 20
-BUG = {"id": "D8b", "link": "https://github.com/pytorch/torchtitan/pull/649", "diagnosis": "other",
-       "line": "dist.all_reduce(total_norm)", "also": ["clip_grads_with_norm_("]}
+BUG = {"id": "D24", "link": "https://github.com/pytorch/torchtitan/pull/649", "diagnosis": "other",
+       "line": "dist.all_reduce(total_norm)", "also": ["total_norm = get_total_norm("]}
 
 
 def reference():
@@ -36,7 +36,7 @@ def parallel(ref, fixed=False):
     microbatches = list(zip(tokens.chunk(MICROBATCHES), labels.chunk(MICROBATCHES)))
 
     def backward():
-        losses = gpipe(stage, microbatches, lambda y, t: loss_of(y, t, "sum") / valid(labels), rank, RANKS)
+        losses = gpipe(stage, microbatches, lambda y, t: loss_of(y, t, "sum") / valid(labels))
         return {"loss": sum(losses)} if stage.last else {}
 
     return training(stage, backward, clip=lambda ps: clip_grad_norm(ps, fixed))
