@@ -15,6 +15,8 @@ _OPERATORS = {
     "pow": ast.Pow, "remainder": ast.Mod, "floor_divide": ast.FloorDiv, "neg": ast.USub,
 }
 
+_CUT = "..."
+
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
@@ -28,6 +30,17 @@ class Excerpt:
     @property
     def carets(self) -> str:
         return " " * self.start + "^" * max(1, self.end - self.start)
+
+    def clipped(self, room: int) -> Excerpt:
+        """At most `room` columns of a longer line, around the underlined part; "..." stands for what is left out."""
+        if len(self.text) <= room:
+            return self
+        left = 0 if self.end <= room - len(_CUT) else max(0, min(self.start - len(_CUT), len(self.text) - room))
+        head = _CUT if left else ""
+        tail = _CUT if left + room < len(self.text) else ""
+        text = head + self.text[left + len(head):left + room - len(tail)] + tail
+        start = min(max(self.start - left, len(head)), room - 1)
+        return Excerpt(self.line, text, start, max(start + 1, min(self.end - left, room - len(tail))))
 
 
 def excerpt(file: str, line: int, op: str = "") -> Excerpt | None:

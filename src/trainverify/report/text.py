@@ -1,5 +1,5 @@
-"""The text report: what a person reads first. Plain ASCII lines that fit 80 columns (source lines, paths and commands are never broken); colour is laid over the
-finished text for a terminal and carries no meaning of its own. Shows what the report model holds and decides nothing, not trusted."""
+"""The text report: what a person reads first. Plain ASCII lines that fit 80 columns (only a path, a name or a command that is longer is not broken); colour
+is laid over the finished text for a terminal and carries no meaning of its own. Shows what the report model holds and decides nothing, not trusted."""
 from __future__ import annotations
 
 import os
@@ -11,14 +11,15 @@ from typing import TextIO
 from trainverify.diagnostics import Diagnostic, Span
 from trainverify.report.model import Finding, OutputResult, Report
 from trainverify.report.source import excerpt
-from trainverify.report.words import count_of, fold_names, join_wrapped, memory_text, number, ranks_text, short_path, short_paths, wrap
+from trainverify.report.words import JOIN, count_of, fold_names, int_ranges, join_wrapped, memory_text, number, ranks_text, short_path, short_paths, wrap
 
 WIDTH = 80
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
 TITLES = {"scalar": "scalars", "gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
 _NOUNS = {"parameter": "updated parameter", "state": "optimizer state"}
 _SEVERITY = {"error": "error", "internal": "internal error", "warning": "warning", "note": "note"}
-_JOINED = "\0x\0"                            # keeps "shard(dp) x shard(tp)" on one line
+_VALUES = 8                                   # values of one output that a counterexample shows; the JSON report has all
+_INPUT = re.compile(r"input \d+$")
 _LEADING = re.compile(r"^\d+\b")
 _STATUS = {"REFUTED": "differ", "UNKNOWN": "unknown", "ERROR": "error", "PROVED": "proved"}
 
@@ -136,13 +137,15 @@ def _place(span: Span, ranks: Sequence[int], op: str, width: int) -> list[str]:
     where = [span.phase, *([f"step {span.step}"] if span.step else []),
              *([f"microbatch {span.microbatch}"] if span.microbatch >= 0 else []), *([ranks_text(ranks)] if ranks else [])]
     inside = f" in {span.function}" if span.function else ""
-    lines = [f"  --> {short_path(span.file)}:{span.line}{inside} ({'; '.join(where)})"]
-    if len(lines[0]) > width:
-        lines = [f"  --> {short_path(span.file)}:{span.line}{inside}", f"      ({'; '.join(where)})"]
+    parts = [f"  --> {short_path(span.file)}:{span.line}", inside, f" ({'; '.join(where)})"]
+    lines = [parts[0]]
+    for part in parts[1:]:
+        lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, *wrap("      ", part.strip(), width, indent=7)]
     # A backward call's span is its forward line: only an op that names its forward op says which part of that line.
     shown = excerpt(span.file, span.line, op if span.phase != "backward" or "backward" in op else "")
     if shown:
         gutter = max(3, len(str(shown.line)) + 1)
+        shown = shown.clipped(width - gutter - 2)
         lines += [f"{'':{gutter}}|", f"{shown.line:<{gutter}}| {shown.text}", f"{'':{gutter}}| {shown.carets}"]
     return lines
 
@@ -157,7 +160,7 @@ def finding_lines(report: Report, index: int, width: int = WIDTH) -> list[str]:
         extra.append(("modules:", ", ".join(fold_names(modules))))
     if f.op:
         extra.append(("operation:", f.op))
-    extra += [(f"{o.role}:", f"{list(o.shape)} {o.dtype}" + (f", {o.lineage}" if o.lineage else "")) for o in f.operands]
+    extra += _operands(f)
     extra += [("used at:", f"{short_path(s.file)}:{s.line}" + (f" in {s.function}" if s.function else "")) for s in f.used_at if s.file]
     if span and span.stack:
         extra.append(("called from:", " < ".join(f"{short_path(file)}:{line} {name}" for file, line, name in span.stack)))
@@ -166,6 +169,19 @@ def finding_lines(report: Report, index: int, width: int = WIDTH) -> list[str]:
     if f.explains:
         extra.append(("explains:", count_of(f.explains, "output") + _explained_kinds(report, index)))
     return diagnostic_lines(f.diagnostic, width, f.op, extra) + _counterexample(f, width)
+
+
+def _operands(f: Finding) -> list[tuple[str, str]]:
+    """The operation's operands, inputs that are alike together."""
+    alike: dict[str, list[str]] = {}
+    for o in f.operands:
+        alike.setdefault(f"{list(o.shape)} {o.dtype}" + (f", {o.lineage}" if o.lineage else ""), []).append(o.role)
+    out = []
+    for what, roles in alike.items():
+        inputs = [int(r.removeprefix("input ")) for r in roles if _INPUT.match(r)]
+        names = [f"input{'s' if len(inputs) > 1 else ''} {int_ranges(inputs)}"] if inputs else []
+        out += [(f"{name}:", what) for name in [*names, *[r for r in roles if not _INPUT.match(r)]]]
+    return out
 
 
 def _explained_kinds(report: Report, index: int) -> str:
@@ -179,14 +195,14 @@ def _counterexample(f: Finding, width: int) -> list[str]:
     if not f.witnesses:
         return []
     lines = ["", "  counterexample (float64, replayed)"]
-    pad = max(len(w.output) for w in f.witnesses)
     for w in f.witnesses:
         by_value: dict[str, list[int]] = {}
         for rank, x in w.parallel:
             by_value.setdefault(number(x), []).append(rank)
-        parts = [f"reference: {number(w.reference)}", *[f"{ranks_text(ranks)}: {value}" for value, ranks in by_value.items()]]
-        joined = join_wrapped([f"    {w.output:<{pad}}   {parts[0]}", *parts[1:]], "   ", width, " " * 8)
-        lines += joined
+        values = [f"{ranks_text(ranks)}: {value}" for value, ranks in by_value.items()]
+        more = [f"and {len(values) - _VALUES} other values"] if len(values) > _VALUES else []
+        lines += wrap("    ", w.output, width, indent=8)
+        lines += join_wrapped([f"      reference: {number(w.reference)}", *values[:_VALUES], *more], "   ", width, " " * 8)
     return lines
 
 
@@ -204,7 +220,8 @@ def _bindings(report: Report, width: int) -> list[str]:
     lines = [f"  {title if report.mode == 'dry-run' else 'parameters that hold more than reference elements'}"]
     for (name, shape, source, bound, elements), ranks in groups.items():
         held = "" if bound == elements else f" ({bound} of {elements} elements)"
-        lines += wrap(f"    {name}{list(shape)} ", f"= {source or 'no reference element'}{held}, {ranks_text(ranks)}", width, indent=6)
+        what = f"{name}{list(shape)}".replace(" ", JOIN)
+        lines += wrap("    ", f"{what} = {source or 'no reference element'}{held}, {ranks_text(ranks)}", width, indent=6)
     return lines
 
 
@@ -218,8 +235,7 @@ def _table(report: Report, width: int) -> list[str]:
     pad = max(20, *[len(title) for _, title, _ in groups])
     lines = [f"  {'output':<{pad}}  {'count':>6}   layout found"]
     for kind, title, outs in groups:
-        row = wrap(f"  {title:<{pad}}  {len(outs):>6}   ", _layouts(kind, outs).replace(" x ", _JOINED), width)
-        lines += [line.replace(_JOINED, " x ") for line in row]
+        lines += wrap(f"  {title:<{pad}}  {len(outs):>6}   ", _layouts(kind, outs, width - pad - 14), width)
         lines += _not_proved(report, outs, pad, width)
     return lines
 
@@ -230,14 +246,15 @@ def _title(kind: str, outs: Sequence[OutputResult]) -> str:
     return names if 0 < len(names) <= 24 else TITLES.get(kind, kind)
 
 
-def _layouts(kind: str, outs: Sequence[OutputResult]) -> str:
-    """The row's last column: each layout with its count; the keys of optimizer state."""
+def _layouts(kind: str, outs: Sequence[OutputResult], room: int) -> str:
+    """The row's last column: each layout with its count, which stand on one line where they fit; the keys of optimizer state."""
     counts: dict[str, int] = {}
     for o in outs:
         counts[o.layout or "none found"] = counts.get(o.layout or "none found", 0) + 1
     found = list(counts) if len(counts) == 1 else [f"{n} {layout}" for layout, n in sorted(counts.items(), key=lambda kv: -kv[1])]
-    keys = ", ".join(dict.fromkeys(_state_key(o) for o in outs)) if kind == "state" else ""
-    return ", ".join(found) + (f" ({keys})" if keys else "")
+    keys = [f"({', '.join(dict.fromkeys(_state_key(o) for o in outs))})"] if kind == "state" else []
+    told = [part.replace(" ", JOIN) if len(part) < room else part for part in (*found, *keys)]
+    return " ".join([", ".join(told[:len(found)]), *told[len(found):]])
 
 
 def _state_key(o: OutputResult) -> str:
@@ -254,7 +271,7 @@ def _not_proved(report: Report, outs: Sequence[OutputResult], pad: int, width: i
         if o.verdict != "PROVED" and not report.equal_only(o):
             groups.setdefault((o.verdict, _LEADING.sub("", _why(report, o))), []).append(o)
     lines = []
-    for (verdict, _), members in groups.items():
+    for (verdict, _), members in sorted(groups.items(), key=lambda group: group[0][0] != "REFUTED"):
         why = _why(report, members[0])
         numbers = sorted({int(found[0]) for o in members if (found := _LEADING.match(_why(report, o)))})
         if len(numbers) > 1:
@@ -298,7 +315,7 @@ def _facts(report: Report, width: int) -> list[str]:
         lines += _listed("only for", [scope], width)
     lines += facts([report], width)
     if report.phases:
-        times = [f"{p.name} {p.seconds:.1f} s" + (f" ({p.detail})" if p.detail else "") for p in report.phases]
+        times = [f"{p.name} {p.seconds:.1f}{JOIN}s" + (f" ({p.detail})" if p.detail else "") for p in report.phases]
         lines += _listed("time", [", ".join(times)], width)
     if report.ops and report.mode == "verify":
         lines += _listed("replayed", [f"{report.ops:,} operations, {report.elements:,} elements"], width)

@@ -5,6 +5,9 @@ import math
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+JOIN = "\0"                                   # in a text to be wrapped: a space at which no line ends
 
 
 def int_ranges(numbers: Iterable[int]) -> str:
@@ -19,10 +22,17 @@ def int_ranges(numbers: Iterable[int]) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """(3,) -> "rank 3"; (0, 1, 2) -> "ranks 0-2"; () -> ""."""
+    """(3,) -> "rank 3"; (0, 1, 2) -> "ranks 0-2"; (0, 2, 4, 6) -> "ranks 0-6 by 2"; () -> ""; of very many pieces the first few."""
     if not ranks:
         return ""
-    return ("rank " if len(set(ranks)) == 1 else "ranks ") + int_ranges(ranks)
+    numbers = sorted(set(ranks))
+    gaps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) > 3 and len(gaps) == 1 and gaps != {1}:
+        return f"ranks {numbers[0]}-{numbers[-1]} by {gaps.pop()}"
+    pieces = int_ranges(numbers).split(",")
+    if len(pieces) > 12:
+        return f"ranks {','.join(pieces[:8])},... ({len(numbers)} of them)"
+    return ("rank " if len(numbers) == 1 else "ranks ") + ",".join(pieces)
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
@@ -100,10 +110,10 @@ def short_paths(text: str) -> str:
 
 
 def wrap(first: str, text: str, width: int, indent: int | None = None) -> list[str]:
-    """`first` then `text`, later lines indented under it; words, paths and commands are never broken."""
+    """`first` then `text`, later lines indented under it; words, paths and commands are never broken, nor is a line at a JOIN."""
     hang = " " * (len(first) if indent is None else indent)
-    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=hang,
-                         break_long_words=False, break_on_hyphens=False) or [first.rstrip()]
+    lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(JOIN, " ") for line in lines] or [first.rstrip()]
 
 
 def join_wrapped(parts: Sequence[str], separator: str, width: int, indent: str = "  ") -> list[str]:

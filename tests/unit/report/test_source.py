@@ -1,6 +1,6 @@
 """The source line under a diagnostic, and what of it is underlined."""
 import pytest
-from trainverify.report.source import excerpt
+from trainverify.report.source import Excerpt, excerpt
 
 SOURCE = """\
 def f(x, y, w):
@@ -56,3 +56,18 @@ def test_no_excerpt_where_there_is_none(file, tmp_path):
 def test_a_file_that_is_not_python_is_still_shown(tmp_path):
     (tmp_path / "x.py").write_text("def (:\n  broken here\n")
     assert excerpt(str(tmp_path / "x.py"), 2, "aten.mul.Tensor").text == "broken here"
+
+
+@pytest.mark.parametrize(("start", "end", "text", "shown"), [
+    (0, 5, "abcdefghijklmnopq...", "abcde"),
+    (4, 17, "abcdefghijklmnopq...", "efghijklmnopq"),
+    (0, 52, "abcdefghijklmnopq...", "abcdefghijklmnopq"),
+    (30, 34, "...EFGHIJKLMNOPQR...", "EFGH"),
+    (48, 52, "...JKLMNOPQRSTUVWXYZ", "WXYZ"),
+    (20, 52, "...uvwxyzABCDEFGH...", "uvwxyzABCDEFGH"),
+])
+def test_a_long_line_is_cut_around_what_is_underlined(start, end, text, shown):
+    line = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    cut = Excerpt(7, line, start, end).clipped(20)
+    assert cut.text == text and text[cut.start:cut.end] == shown and len(cut.carets) <= 20
+    assert Excerpt(7, line, start, end).clipped(52).text == line

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from trainverify.diagnostics import Diagnostic, Span
 from trainverify.report import text
-from trainverify.report.model import Finding, OutputResult, Report, Witness
+from trainverify.report.model import Assumption, Binding, Finding, Operand, OutputResult, Phase, Report, Witness
 
 from . import reports
 
@@ -29,6 +29,34 @@ def test_report_fits_80_ascii_columns_and_ends_with_the_rerun(name):
     assert rendered.isascii()
     assert [line for line in rendered.split("\n") if len(line) > 80 and not line.startswith(UNBREAKABLE)] == []
     assert rendered.rstrip("\n").split("\n")[-1].startswith("rerun: trainverify verify spec.py")
+
+
+def long_report() -> Report:
+    """Everything is long or many at once: paths, names, shapes, layouts, ranks, values, lines."""
+    path = "/opt/" + "a_rather_long_folder_name/" * 5 + "train_step.py"
+    here = Span("tests/unit/report/fixtures/norm.py", 13, "SomeVeryLongClassName.forward_with_a_long_name", phase="backward", step=12, microbatch=3)
+    far = Span(path, 1234, "VeryLongClassName.very_long_method_name", "layers.0", "backward", 1, ((path, 77, "step"), ("train.py", 5, "main")))
+    name = "module.language_model.encoder.layers.{}.self_attention.query_key_value.lora_adapter.weight"
+    layout = "shard(data_parallel) x shard(tensor_parallel) x replicate(pipeline_parallel)"
+    ranks = tuple(range(0, 512, 2))
+    many = Witness(name.format(3) + ".grad[1234, 567, 89], step 1", -1.23456789e-12, tuple((r, r * 1.00000001e-7 - 1) for r in range(64)))
+    d = Diagnostic("REL001", "a message of some length " * 6, "error", far, ranks, ("a note that is long " * 8, f"rank 3: at {path}:12"), "a way out " * 20)
+    finding = Finding(d, "aten._scaled_dot_product_flash_attention_for_cpu_backward.default", tuple(name.format(i) for i in range(0, 40, 3)), (far, here), "algebra " * 30,
+                      tuple(Operand(f"input {i}", (2, 1024, 16, 128), "float32", "lineage " * 12) for i in range(12)), 3, (many,))
+    rows = [OutputResult(k, name.format(i) + ("::exp_avg" if k == "state" else ""), 1, ranks, v, "reason " * 14, layout, "algebra " * 9)
+            for k in text.KINDS for v in ("REFUTED", "UNKNOWN") for i in range(0, 9, 2)]
+    return Report("REFUTED", path, {"tensor_parallel_size": 4, "schedule": "interleaved_1f1b"}, 512, "dp=8 x pp=4 x cp=2 x ep=4 x tp=2 x extra=1 x more=1", 2, 0, rows,
+                  [finding, Finding(Diagnostic("REL002", "short", span=here, ranks=(0,)))], [Diagnostic("CAP001", "w " * 60, "note", far)],
+                  [Diagnostic("WEAK001", "weak " * 40, "warning", far)], [Assumption("A3", "rounding " * 20, (f"{path}:1", "b.py:2") * 4)], ["not run " * 20],
+                  [Binding(name.format(0), r, (4096, 4096), name.format(0) + "[0:4096, 0:4096] and a part of another", 10, 9) for r in range(3)], (1, 1),
+                  "samples " * 20, "equal " * 20, [Phase("a phase", 1.0, "detail " * 9)] * 6, 10**9, 10**12, 10**12, 10**6, "trainverify verify " + path)
+
+
+@pytest.mark.parametrize("saved", ["", "/opt/" + "a_rather_long_folder_name/" * 5 + "last.json"])
+def test_only_what_cannot_be_broken_is_wider_than_80_columns(saved):
+    rendered = text.render(long_report(), saved=saved)
+    wide = [line for line in rendered.split("\n") if len(line) > 80 and not line.startswith("rerun: ")]
+    assert [line for line in wide if max(map(len, line.split())) < 60] == []
 
 
 @pytest.mark.parametrize(("name", "code"), [("proved", 0), ("equal_in_field", 3), ("refuted", 1), ("mixed_unknown", 3), ("cannot_run", 1),
@@ -71,6 +99,19 @@ def test_proved_is_said_only_by_the_verdict():
     report = reports.proved()
     report.verdict = "UNKNOWN"
     assert not any(line.startswith("PROVED") for line in text.render(report).split("\n"))
+
+
+def test_operands_that_are_alike_stand_together():
+    operands = [Operand(f"input {i}", (4,), "float32", "agrees" if i < 3 else "") for i in range(4)]
+    finding = Finding(Diagnostic("REL001", "m"), operands=(*operands, Operand("result", (), "float32", "new")))
+    rendered = text.render(Report(verdict="REFUTED", findings=[finding]))
+    assert "   = inputs 0-2:  [4] float32, agrees\n   = input 3:     [4] float32\n   = result:      [] float32, new\n" in rendered
+
+
+def test_a_counterexample_shows_some_of_many_values():
+    witness = Witness("loss", 0.0, tuple((r, float(r)) for r in range(20)))
+    rendered = text.render(Report(verdict="REFUTED", findings=[Finding(Diagnostic("REL001", "m"), witnesses=(witness,))]))
+    assert "rank 7: 7   and 12 other values" in " ".join(rendered.split("\n")).replace("        and", "   and") and "rank 8" not in rendered
 
 
 def test_nan_and_equal_ranks_in_a_counterexample():

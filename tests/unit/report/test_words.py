@@ -37,7 +37,9 @@ def test_folding_names():
 
 def test_ranks():
     assert int_ranges([5, 0, 1, 2]) == "0-2,5"
-    assert [ranks_text(r) for r in ((), (3,), (0, 1, 4))] == ["", "rank 3", "ranks 0-1,4"]
+    assert [ranks_text(r) for r in ((), (3,), (0, 1, 4), (0, 2, 4))] == ["", "rank 3", "ranks 0-1,4", "ranks 0,2,4"]
+    assert ranks_text(range(1, 512, 2)) == "ranks 1-511 by 2" and ranks_text((0, 3, 6, 9)) == "ranks 0-9 by 3"
+    assert ranks_text([r for r in range(64) if r % 4 < 2]) == "ranks 0-1,4-5,8-9,12-13,16-17,20-21,24-25,28-29,... (32 of them)"
 
 
 def test_numbers():
