@@ -26,7 +26,7 @@ class AdaptedExpert(nn.Module):
 
 
 def reference():
-    return single(lambda: Net(mlp=AdaptedExpert), batch=make_batch(12))
+    return single(lambda: Net(mlp=AdaptedExpert), batch=make_batch(12, 10))
 
 
 def parallel(ref, fixed=False):

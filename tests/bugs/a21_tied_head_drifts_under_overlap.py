@@ -3,7 +3,7 @@ reduction of gradients the gradients of the two copies were not summed, and the 
 import torch.distributed as dist
 from kit import Net, Stage, clip_stage, gpipe, loss_of, make_batch, mesh_of, rows_of, single, total, training, valid
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "A21", "link": "https://github.com/NVIDIA/Megatron-LM/issues/656", "diagnosis": "partial sum",
        "line": "works.append(dist.all_reduce(p.grad, group=dp, async_op=True))", "also": ["work.wait()", "nn.utils.get_total_norm([p.grad for p in counted])",
                                                                                     "x = self.embed(x)", "return self.head(self.norm(x))"]}
@@ -11,7 +11,7 @@ MICROBATCHES = 3
 
 
 def reference():
-    return single(lambda: Net(tied=True, layers=2), batch=make_batch(12))
+    return single(lambda: Net(tied=True, layers=3), batch=make_batch(12, 10))
 
 
 def overlap(stage, dp):
@@ -34,10 +34,11 @@ def overlap(stage, dp):
 
 
 def parallel(ref, fixed=False):
-    mesh = mesh_of(dp=2, pp=2)
+    mesh = mesh_of(dp=2, pp=3)
     dp, pp = mesh.get_group("dp"), mesh.get_group("pp")
-    stage = Stage(pp.rank(), pp.size(), layers=2).take(ref.weights)
-    tied = stage.embed.weight if stage.first else stage.head.weight
+    stage = Stage(pp.rank(), pp.size(), layers=3).take(ref.weights)
+    tied = stage.embed.weight if stage.first else stage.head.weight if stage.last else None
+    copies = dist.new_subgroups_by_enumeration([[0, 2], [3, 5]])[0]
     finish_overlap = overlap(stage, dp)
     tokens, labels = rows_of(ref.batch, dp)
     microbatches = list(zip(tokens.chunk(MICROBATCHES), labels.chunk(MICROBATCHES)))
@@ -46,8 +47,8 @@ def parallel(ref, fixed=False):
         tokens = total(valid(labels), dp)
         losses = gpipe(stage, microbatches, lambda logits, labels: loss_of(logits, labels, "sum") / tokens)
         finish_overlap()
-        if fixed:
-            dist.all_reduce(tied.grad, group=pp)
+        if fixed and tied is not None:
+            dist.all_reduce(tied.grad, group=copies)
         return {"loss": total(sum(losses), dp)} if stage.last else {}
 
     counted = [p for p in stage.parameters() if stage.first or p is not tied]

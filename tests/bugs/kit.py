@@ -383,6 +383,26 @@ def tp_training(ref, model, dp, tp, after=None, shards=TP_SHARDS):
     return training(model, backward, clip=lambda ps: clip_sharded(ps, sharded(model, shards), tp))
 
 
+# ---- context parallelism
+
+class ContextAttention(Attention):
+    """This rank's part of the sequence as queries, the keys and values of all of it."""
+
+    def __init__(self, cp):
+        super().__init__()
+        self.cp = cp
+
+    def attend(self, q, k, v):
+        k, v = Gather.apply(k, self.cp, 2, True), Gather.apply(v, self.cp, 2, True)
+        mask = part(torch.ones(k.shape[2], k.shape[2], dtype=torch.bool).tril(), self.cp)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def cp_shares(batch, dp, cp):
+    """This rank's rows, and of them its part of the sequence: tokens, labels."""
+    return [part(x, cp, 1) for x in rows_of(batch, dp)]
+
+
 # ---- expert parallelism
 
 class EpMoe(Moe):
