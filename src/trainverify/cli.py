@@ -12,11 +12,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainverify import __version__
 from trainverify.diagnostics import Fault
 from trainverify.report.formats import FORMATS
+from trainverify.report.text import WIDTH
+from trainverify.report.words import wrap
 
 FOLDER = Path(".trainverify")
 _EXITS = "exit codes: 0 PROVED, 1 REFUTED or the program faulted, 2 usage, 3 UNKNOWN, 4 an error of TrainVerify itself, 130 interrupted"
@@ -65,8 +67,16 @@ def _keep(name: str, data: bytes) -> str:
 
 # ---- arguments
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments, and not again what there is."""
+
+    def error(self, message: str) -> NoReturn:
+        print("\n".join(wrap(f"{self.prog}: ", f"error: {message}", WIDTH, indent=2)), file=sys.stderr)
+        self.exit(2, f"`{self.prog} --help` shows the arguments\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="trainverify", description="Checks that a distributed PyTorch training step equals its single-device model.", epilog=_EXITS)
+    top = _Parser(prog="trainverify", description="Checks that a distributed PyTorch training step equals its single-device model.", epilog=_EXITS)
     top.add_argument("--version", action="version", version=f"trainverify {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -200,9 +210,9 @@ def _verify_all(args: argparse.Namespace, argv: list[str]) -> int:
     from trainverify.report.versions import versions
 
     if args.case and args.all_cases:
-        return _usage("--all-cases and --case exclude each other")
+        return _usage("verify: error: --all-cases and --case exclude each other")
     if args.path is not None and args.path.is_dir():
-        return _usage(f"--all-cases needs a spec: {args.path} holds the traces of one case")
+        return _usage(f"verify: error: --all-cases needs a spec: {args.path} holds the traces of one case")
     config = None
     if args.path is None:
         try:
@@ -237,11 +247,15 @@ def _planned(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[Any
 
 
 def _usage(text: str) -> int:
-    print(f"trainverify verify: error: {text}", file=sys.stderr)
+    print("\n".join(wrap("trainverify ", text, WIDTH, indent=2)), file=sys.stderr)
     return 2
 
 
 def _capture(args: argparse.Namespace, argv: list[str]) -> int:
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        return _usage(f"capture: error: cannot write to the folder {args.output}: {e.strerror}")
     options = _options(args, _case_given(args))
     report = _run(args, options, "capture_spec", args.path, args.output, options)
     report.mode = "capture"

@@ -124,11 +124,15 @@ def by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) ->
 def diagnostic_lines(d: Diagnostic, width: int = WIDTH, op: str = "", extra: Sequence[tuple[str, str]] = ()) -> list[str]:
     """One diagnostic: what is wrong, where, the source line, then what is known about it. `extra` holds further (label, text)."""
     lines = wrap(f"{_SEVERITY.get(d.severity, d.severity)}[{d.code}]: ", short_paths(d.message), width, indent=2)
+    notes = d.notes
     if d.span and d.span.file:
-        lines += _place(d.span, d.ranks, op, width)
+        place = _place(d.span, d.ranks, op, width)
+        own = f"{d.span.file}:{d.span.line} in {d.span.function}: "   # a note that repeats the source line shown above it
+        notes = tuple(n for n in notes if not n.startswith(own)) if any(line.endswith("^") for line in place) else notes
+        lines += place
     elif d.ranks:
         lines.append(f"  --> {ranks_text(d.ranks)}")
-    for label, text in [*extra, *[("", n) for n in d.notes], *([("help:", d.fix)] if d.fix else [])]:
+    for label, text in [*extra, *[("", n) for n in notes], *([("help:", d.fix)] if d.fix else [])]:
         lines += wrap(f"   = {label:<12} " if label else "   = ", short_paths(text), width)
     return lines
 

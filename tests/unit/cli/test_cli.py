@@ -145,6 +145,21 @@ def test_usage_errors_are_2_and_say_so_on_stderr(engine, capsys, argv):
     assert stop.value.code == 2 and out == "" and "error: " in err and engine.calls == []
 
 
+def test_usage_errors_are_short_and_narrow(engine, capsys):
+    for argv in (["verify", "spec.py", "--format", "xml"], ["verfy", "spec.py"], []):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        err = capsys.readouterr().err
+        assert err.startswith("trainverify") and "--help` shows the arguments\n" in err and max(map(len, err.split("\n"))) <= 80 and err.count("\n") <= 3
+
+
+def test_a_capture_into_a_folder_that_cannot_be_made_is_2(engine, capsys):
+    Path("file").write_text("")
+    for folder in ("file", "file/sub"):
+        assert cli.main(["capture", "spec.py", "-o", folder]) == 2
+        assert "cannot write to the folder file" in capsys.readouterr().err and engine.calls == []
+
+
 def test_a_fault_that_leaves_the_engine_is_a_report(engine, capsys):
     engine.answer = Fault(Diagnostic("SPEC001", "spec.py has no parallel()", fix="define parallel(ref)"))
     assert cli.main(["verify", "spec.py"]) == 1

@@ -114,6 +114,14 @@ def test_a_counterexample_shows_some_of_many_values():
     assert "rank 7: 7   and 12 other values" in " ".join(rendered.split("\n")).replace("        and", "   and") and "rank 8" not in rendered
 
 
+def test_a_note_does_not_repeat_the_line_above_it():
+    span = Span("tests/unit/report/fixtures/norm.py", 13, "f")
+    notes = ("tests/unit/report/fixtures/norm.py:13 in f: return x", "tests/unit/report/fixtures/norm.py:13 in g: return x")
+    assert "in f: return" not in "\n".join(text.diagnostic_lines(Diagnostic("RUN009", "m", span=span, notes=notes)))
+    gone = Diagnostic("RUN009", "m", span=Span("gone.py", 1, "f"), notes=("gone.py:1 in f: return x",))
+    assert "in f: return x" in "\n".join(text.diagnostic_lines(gone))
+
+
 def test_nan_and_equal_ranks_in_a_counterexample():
     witness = Witness("loss, step 1", 2.5, ((0, float("nan")), (1, 3.0), (2, float("nan"))))
     finding = Finding(Diagnostic("REL010", "a NaN that the reference lacks"), witnesses=(witness,))
