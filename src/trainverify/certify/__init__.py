@@ -1,0 +1,1 @@
+"""What outlives a run: obligations as SMT-LIB, second opinions of other provers, dumps of what is not proved, certificates (not trusted: nothing here says Proved)."""

@@ -1,0 +1,248 @@
+"""An obligation as an SMT-LIB 2 script that asserts the negation of its claim, so `unsat` proves it (untrusted: written apart from the kernel's rules).
+
+The script says: the reference's term and the hypotheses are defined and have the given signs, and the parallel term is undefined
+or differs. Rational operations, max and comparisons, division and roots are exact: a quotient or a root is a fresh number with
+its defining equation. exp, log, sin, cos and powers of high degree are unknown functions with true statements about the terms
+that occur. So `unsat` always means that the claim holds; `sat` means something only where nothing is abstracted (`in_theory`).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+from trainverify.kernel.terms import NEGATIVE, NONNEGATIVE, NONPOSITIVE, NONZERO, POSITIVE, ZERO, Node, Obligation, pairs, reachable
+
+DEGREE = 16            # powers and roots up to this are written out
+EXPONENT = 8           # multiples in an exponent up to this become powers of exp
+ABSTRACT = frozenset({"exp", "log", "sin", "cos", "high power"})     # parts whose meaning the script gives only in part
+SIGNS = {NEGATIVE: "(< {} 0.0)", ZERO: "(= {} 0.0)", POSITIVE: "(> {} 0.0)", NONPOSITIVE: "(<= {} 0.0)", NONZERO: "(not (= {} 0.0))",
+         NONNEGATIVE: "(>= {} 0.0)"}
+ORDERS = {"gt": "(> {} {})", "ge": "(>= {} {})", "lt": "(< {} {})", "le": "(<= {} {})", "eq": "(= {} {})", "ne": "(not (= {} {}))"}
+
+
+def parts(obligation: Obligation) -> frozenset[str]:
+    """What the obligation uses beyond polynomials: division, root, power, max, compare, function, exp, log, sin, cos, high power."""
+    return frozenset(part for i in reachable(obligation.nodes, obligation.roots) if (part := _part(obligation.nodes[i])))
+
+
+def in_theory(obligation: Obligation) -> bool:
+    """Whether the script has the obligation's exact meaning, so that a solver's `sat` means a counterexample."""
+    return not parts(obligation) & ABSTRACT
+
+
+def _part(node: Node) -> str:
+    if node.kind == "pow":
+        if max(abs(node.attr.numerator), node.attr.denominator) > DEGREE:
+            return "high power"
+        return "root" if node.attr.denominator > 1 else "division" if node.attr < 0 else "power"
+    names = {"inv": "division", "sqrt": "root", "max": "max", "compare": "compare", "uf": "function"}
+    return names.get(node.kind, node.kind if node.kind in ABSTRACT else "")
+
+
+def script(obligation: Obligation, comments: Iterable[str] = ()) -> str:
+    """The whole script, with check-sat."""
+    return _Script(obligation).text(comments)
+
+
+def number(q: Fraction | int) -> str:
+    """A rational as a term of sort Real."""
+    q = Fraction(q)
+    size = f"{abs(q.numerator)}.0" if q.denominator == 1 else f"(/ {abs(q.numerator)}.0 {q.denominator}.0)"
+    return f"(- {size})" if q < 0 else size
+
+
+def symbol(tag: str, arity: int) -> str:
+    """The name of an uninterpreted function; different tags have different names."""
+    safe = "".join(c if c.isascii() and c.isprintable() and c not in "|\\%" else "".join(f"%{b:02x}" for b in c.encode()) for c in tag)
+    return f"|uf {arity} {safe}|"
+
+
+def product(factors: list[str]) -> str:
+    return factors[0] if len(factors) == 1 else f"(* {' '.join(factors)})" if factors else "1.0"
+
+
+def power(x: str, e: int) -> str:
+    return product([x] * e)
+
+
+class _Script:
+    """Collects the lines of one script. Names: x3 a leaf, n5 a node, r5 the root that a fractional power of node 5 is made from."""
+
+    def __init__(self, obligation: Obligation):
+        self.obligation, self.nodes = obligation, obligation.nodes
+        self.order = reachable(obligation.nodes, obligation.roots)
+        self.assumed = set(reachable(obligation.nodes, [obligation.lhs, *(i for i, _ in obligation.given)]))
+        self.names: dict[int, str] = {}
+        self.declared: dict[str, str] = {}                # declarations, by name
+        self.lines: list[str] = []
+        self.conditions: list[str] = []                   # of the parallel term's definedness
+        self.exponents: dict[str, str] = {}               # terms that exp is applied to, with exp of them
+        for i in self.order:
+            self.names[i] = self._node(i)
+        self._facts_of_log()
+
+    def text(self, comments: Iterable[str]) -> str:
+        o = self.obligation
+        given = [f"(assert {SIGNS[s].format(self.names[i])})" for i, s in o.given if s in SIGNS]
+        wrong = [f"(not {c})" for c in dict.fromkeys(self.conditions)] + [f"(not (= {self.names[o.lhs]} {self.names[o.rhs]}))"]
+        claim = wrong[0] if len(wrong) == 1 else "\n  ".join(["(or", *wrong]) + ")"
+        return "\n".join([*(f"; {line}" for comment in comments for line in comment.splitlines()), "(set-logic QF_UFNRA)", *self.declared.values(),
+                          *self.lines, *given, "; the claim fails: the parallel term is undefined, or differs", f"(assert {claim})", "(check-sat)", ""])
+
+    # ---- lines
+    def declare(self, name: str, arity: int = 0) -> str:
+        self.declared.setdefault(name, f"(declare-fun {name} ({' '.join(['Real'] * arity)}) Real)")
+        return name
+
+    def fact(self, statement: str) -> None:
+        self.lines.append(f"(assert {statement})")
+
+    def partial(self, i: int, condition: str, statement: str) -> None:
+        """Node i has a value only under the condition; the statement holds if so."""
+        if i in self.assumed:
+            self.fact(condition)
+            self.fact(statement)
+        else:
+            self.conditions.append(condition)
+            self.fact(f"(=> {condition} {statement})")
+
+    # ---- nodes
+    def _node(self, i: int) -> str:
+        """The name of a node's value, once its lines are written."""
+        kind, attr, args = self.nodes[i]
+        a = [self.names[x] for x in args]
+        match kind:
+            case "const":
+                return number(attr)
+            case "leaf":
+                return self.declare(f"x{attr}")
+            case "uf":
+                name = self.declare(symbol(attr, len(a)), len(a))
+                return self._define(i, f"({name} {' '.join(a)})" if a else name)
+            case "add":
+                return self._define(i, f"(+ {' '.join(a)})") if len(a) > 1 else a[0]
+            case "mul":
+                return self._define(i, product(a)) if len(a) > 1 else a[0]
+            case "dot":
+                products = [f"(* {self.names[x]} {self.names[y]})" for x, y in pairs(args)]
+                return self._define(i, f"(+ {' '.join(products)})" if len(products) > 1 else products[0])
+            case "neg":
+                return self._define(i, f"(- {a[0]})")
+            case "scl":
+                return self._define(i, f"(* {number(attr)} {a[0]})")
+            case "compare":
+                return self._define(i, f"(ite {ORDERS[attr].format(*a)} 1.0 0.0)")
+            case "max":
+                return self._max(i)
+            case "inv" | "sqrt" | "pow":
+                return self._power(i, a[0], {"inv": Fraction(-1), "sqrt": Fraction(1, 2)}.get(kind, attr))
+            case "exp":
+                return self._define(i, self._exp_node(args[0]))
+            case "log":
+                return self._log(i, a[0])
+            case "sin" | "cos":
+                self._circle(a[0])
+                return self._define(i, f"({self.declare('real_' + kind, 1)} {a[0]})")
+        raise ValueError(f"no SMT-LIB meaning for {kind}")
+
+    def _define(self, i: int, term: str) -> str:
+        self.lines.append(f"(define-fun n{i} () Real {term})")
+        return f"n{i}"
+
+    def _max(self, i: int) -> str:
+        """The greatest of all operands of nested maxima, in the order of their numbers, so that maxima of one set look the same."""
+        operands, stack = set(), [i]
+        while stack:
+            kind, _, args = self.nodes[k := stack.pop()]
+            if kind == "max":
+                stack += args
+            else:
+                operands.add(k)
+        names = list(dict.fromkeys(self.names[k] for k in sorted(operands)))
+        best = names[0]
+        for k, x in enumerate(names[1:], 1):
+            name = f"n{i}" if k == len(names) - 1 else f"n{i}.{k}"
+            self.lines.append(f"(define-fun {name} () Real (ite (>= {best} {x}) {best} {x}))")
+            best = name
+        return best
+
+    def _power(self, i: int, a: str, q: Fraction) -> str:
+        """a^q, exactly: a root r is the number >= 0 with r^d = a, an inverse the number n with a^e * n = 1."""
+        condition = f"(not (= {a} 0.0))" if q.denominator == 1 else f"({'>' if q < 0 else '>='} {a} 0.0)"
+        total = q.denominator == 1 and q >= 0
+        if max(abs(q.numerator), q.denominator) > DEGREE:
+            n = self._define(i, f"({self.declare(f'|real_pow {q}|', 1)} {a})")
+            return n if total else self._about(i, condition, f"({'>=' if q > 0 else '>'} {n} 0.0)" if q.denominator > 1 else f"(not (= {n} 0.0))")
+        if total:
+            return self._define(i, power(a, q.numerator))
+        if q.denominator == 1:
+            base, root = a, ""
+        else:
+            base = self.declare(f"r{i}" if q.numerator != 1 else f"n{i}")
+            root = f"(>= {base} 0.0) (= {power(base, q.denominator)} {a})"
+        if q.numerator == 1:
+            return self._about(i, condition, f"(and {root})")
+        if q > 0:
+            self.partial(i, condition, f"(and {root})")
+            return self._define(i, power(base, q.numerator))
+        equation = f"(= (* {power(base, -q.numerator)} {self.declare(f'n{i}')}) 1.0)"
+        return self._about(i, condition, f"(and {root} {equation})" if root else equation)
+
+    def _about(self, i: int, condition: str, statement: str) -> str:
+        self.partial(i, condition, statement)
+        return f"n{i}"
+
+    # ---- functions that are not algebraic
+    def _exp(self, x: str) -> str:
+        """exp of a term, as an unknown function that is positive."""
+        if x not in self.exponents:
+            self.exponents[x] = f"({self.declare('real_exp', 1)} {x})"
+            self.fact(f"(> {self.exponents[x]} 0.0)")
+        return self.exponents[x]
+
+    def _exp_node(self, i: int) -> str:
+        """exp of node i; of a sum, with the equation that makes it a product."""
+        multiples = self._multiples(i)
+        if not multiples:
+            return "1.0"
+        value = self._exp(self.names[i])
+        if multiples != {i: 1}:
+            above = [self._exp(self.names[k]) for k, e in multiples.items() for _ in range(e)]
+            below = [self._exp(self.names[k]) for k, e in multiples.items() for _ in range(-e)]
+            self.fact(f"(= {product([value, *below])} {product(above)})")
+        return value
+
+    def _multiples(self, root: int) -> dict[int, int]:
+        """Node `root` as a sum of integer multiples of nodes that are no such sums themselves."""
+        out: dict[int, int] = {}
+        stack = [(root, 1)]
+        while stack:
+            i, e = stack.pop()
+            kind, attr, args = self.nodes[i]
+            if kind == "add":
+                stack += [(a, e) for a in reversed(args)]
+            elif kind == "neg":
+                stack.append((args[0], -e))
+            elif kind == "scl" and attr.denominator == 1 and abs(attr * e) <= EXPONENT:
+                stack.append((args[0], e * attr.numerator))
+            elif kind != "const" or attr:
+                out[i] = out.get(i, 0) + e
+        out = {i: e for i, e in out.items() if e}
+        return out if all(abs(e) <= EXPONENT for e in out.values()) else {root: 1}
+
+    def _log(self, i: int, a: str) -> str:
+        n = self._define(i, f"({self.declare('real_log', 1)} {a})")
+        self.partial(i, f"(> {a} 0.0)", f"(= {self._exp(n)} {a})")
+        return n
+
+    def _facts_of_log(self) -> None:
+        """log undoes exp."""
+        if "real_log" in self.declared:
+            for x, e in list(self.exponents.items()):
+                self.fact(f"(= (real_log {e}) {x})")
+
+    def _circle(self, x: str) -> None:
+        sin, cos = (f"({self.declare(name, 1)} {x})" for name in ("real_sin", "real_cos"))
+        statement = f"(assert (= (+ (* {sin} {sin}) (* {cos} {cos})) 1.0))"
+        if statement not in self.lines:
+            self.lines.append(statement)
