@@ -311,13 +311,7 @@ def _names_by_step(members: Sequence[OutputResult], outs: Sequence[OutputResult]
 # ---- what it rests on, and the last lines
 
 def _facts(report: Report, width: int) -> list[str]:
-    lines = []
-    if report.outputs and report.verdict in ("PROVED", "UNKNOWN"):
-        if report.verdict == "PROVED":
-            lines += _listed("holds for", ["every value of the weights, over the real numbers"], width)
-        scope = f"these token ids, sizes, {count_of(report.ranks, 'rank')} and this case"
-        lines += _listed("only for", [scope], width)
-    lines += facts([report], width)
+    lines = facts([report], width)
     if report.phases:
         times = [f"{p.name} {p.seconds:.1f}{JOIN}s" + (f" ({p.detail})" if p.detail else "") for p in report.phases]
         lines += _listed("time", [", ".join(times)], width)
@@ -330,11 +324,14 @@ def _facts(report: Report, width: int) -> list[str]:
 
 
 def facts(reports: Sequence[Report], width: int = WIDTH) -> list[str]:
-    """What the verdicts of these runs rest on, and what their inputs could not have shown; what several say is said once."""
+    """For what the verdicts of these runs hold, on what they rest, and what their inputs could not have shown; what several say is said once."""
+    scope = [f"these token ids, sizes, {count_of(r.ranks, 'rank')} and this case" for r in reports if r.outputs and r.verdict in ("PROVED", "UNKNOWN")]
+    scope = ["in each run, its token ids, sizes, ranks and case"] if len(scope) > 1 else scope
+    proved = ["every value of the weights, over the real numbers"] if any(r.outputs and r.verdict == "PROVED" for r in reports) else []
     assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for r in reports for a in r.assumptions]
     not_run = [short_paths(t) for r in reports for t in r.not_run]
     weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for r in reports for d in r.warnings]
-    told = (("assumes", assumed), ("not run", not_run), ("weak spec", weak))
+    told = (("holds for", proved), ("only for", scope), ("assumes", assumed), ("not run", not_run), ("weak spec", weak))
     return [line for label, items in told for line in _listed(label, list(dict.fromkeys(items)), width)]
 
 

@@ -145,6 +145,15 @@ def test_github_puts_errors_first_and_says_what_no_cause_explains():
     assert any("3 elements differ\nb" in m for _, _, m in annotations(report)) and any("tv.local" in m for _, _, m in annotations(report))
 
 
+def test_github_says_once_what_several_runs_say():
+    suite = [reports.refuted(), reports.refuted(), reports.equal_in_field()]
+    for report, tp in zip(suite, (2, 3, 4), strict=True):
+        report.case = {"tp": tp}
+    made = github.render(suite, ROOT)
+    assert made.count("error[REL002]") == 1 and "REL002%3A spec.py[tp=2] and 1 more run::" in made and "WEAK011%3A spec.py[tp=2] and 2 more runs::" in made
+    assert [made.count(f"REFUTED%3A spec.py[tp={tp}]::") for tp in (2, 3)] == [1, 1]
+
+
 @pytest.mark.parametrize(("name", "level"), [("proved", "notice"), ("refuted", "error"), ("equal_in_field", "warning"), ("internal", "error")])
 def test_github_closes_with_the_verdict(name, level):
     found, given, message = annotations(reports.ALL[name]())[-1]
