@@ -191,17 +191,17 @@ EP_SHARDS = {"w1": 0, "w2": 0}
 
 def load(model, weights, group=None, shards=()):
     """Loads the reference's weights; of a name that ends in one of `shards` ({suffix: dim}) only this rank's part of the group."""
-    dims = {name: next((shards[s] for s in shards if name.endswith("." + s)), None) for name in weights}
+    dims = {name: next((shards[s] for s in shards if ("." + name).endswith("." + s)), None) for name in weights}
     model.load_state_dict({name: w if dims[name] is None else part(w, group, dims[name]) for name, w in weights.items()})
     return model
 
 
 def sharded(model, shards=TP_SHARDS):
-    return [p for name, p in model.named_parameters() if any(name.endswith("." + s) for s in shards)]
+    return [p for name, p in model.named_parameters() if any(("." + name).endswith("." + s) for s in shards)]
 
 
 def replicated(model, shards=TP_SHARDS):
-    return [p for name, p in model.named_parameters() if not any(name.endswith("." + s) for s in shards)]
+    return [p for name, p in model.named_parameters() if not any(("." + name).endswith("." + s) for s in shards)]
 
 
 def total(x, group=None):
