@@ -56,7 +56,7 @@ def load(name: str) -> Solver:
                                fix=f"pip install 'trainverify[smt]' (or only {package})")) from e
     if name == "z3":
         return Solver(name, module.get_version_string(), lambda script, limit: _run_z3(module, script, limit), 2_000_000)
-    return Solver(name, module.__version__, lambda script, limit: _run_cvc5(module, script, limit), 100_000)
+    return Solver(name, module.__version__, lambda script, limit: _run_cvc5(module, script, limit), 50_000)
 
 
 # ---- z3

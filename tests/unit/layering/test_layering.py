@@ -14,15 +14,16 @@ ALONGSIDE = {
     "capture": {"diagnostics", "ir", "ops", "api"},
     "api": {"diagnostics"},
     "kernel": {"diagnostics"},
+    "certify": {"kernel", "diagnostics"},
     "shapes": {"diagnostics", "ir", "ops"},
     "progress": set(), "explain": set(), "optable": {"ops"},
-    "cli": {*LAYERS, "progress", "explain", "optable", "config", "cases"},
+    "cli": {*LAYERS, "progress", "explain", "optable", "config", "cases", "certify"},
     "config": {"diagnostics"}, "cases": {"verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
-    "verify": {"capture", "api"}, "relate": {"kernel"}, "report": {"explain"},
+    "verify": {"capture", "api", "certify"}, "relate": {"kernel"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},
     "testing": {"verify", "cases", "engine", "report", "report.model"}, "pytest_plugin": {"testing", "cases", "diagnostics", "report"},
 }
-NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "cli", "progress", "explain", "optable", "config", "cases", "testing", "pytest_plugin", "__init__", "__main__")
+NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "certify", "cli", "progress", "explain", "optable", "config", "cases", "testing", "pytest_plugin", "__init__", "__main__")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -78,7 +79,8 @@ def test_no_torch(file):
 
 @pytest.mark.parametrize("module", ["trainverify", "trainverify.cli", "trainverify.ir.trace", "trainverify.report.text", "trainverify.report.json_",
                                     "trainverify.report.schema", "trainverify.engine.options", "trainverify.explain", "trainverify.optable",
-                                    "trainverify.config", "trainverify.cases", "trainverify.testing", "trainverify.pytest_plugin", "trainverify.report.formats"])
+                                    "trainverify.config", "trainverify.cases", "trainverify.testing", "trainverify.pytest_plugin", "trainverify.report.formats",
+                                    "trainverify.certify.certificate", "trainverify.certify.second", "trainverify.certify.dump"])
 def test_importing_does_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
