@@ -1,4 +1,4 @@
-"""TrainCheck's case ddp-out-of-sync (https://x.com/jxmnop/status/1778520637193240892): the training loop calls the module inside of
+"""Reported at https://x.com/jxmnop/status/1778520637193240892 (ranks out of sync): the training loop calls the module inside of
 DistributedDataParallel, so that the wrapper never prepares its reduction and every rank keeps its own gradients."""
 from kit import Net, load, loss_of, mesh_of, rows_of, single, total, training, valid
 from torch.nn.parallel import DistributedDataParallel

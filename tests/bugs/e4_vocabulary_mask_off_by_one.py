@@ -1,4 +1,4 @@
-"""A vocabulary-parallel embedding with a wrong mask (the first of the bugs in the TTrace paper, https://arxiv.org/abs/2506.09280): the test for
+"""The first bug of https://arxiv.org/abs/2506.09280, a vocabulary-parallel embedding in Megatron-LM with a wrong mask: here the test for
 ids that are outside of this rank's shard is off by one, so that the first id of the next shard takes a row on two ranks."""
 import torch
 import torch.nn.functional as F
