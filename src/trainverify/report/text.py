@@ -327,7 +327,8 @@ def facts(reports: Sequence[Report], width: int = WIDTH) -> list[str]:
     """For what the verdicts of these runs hold, on what they rest, and what their inputs could not have shown; what several say is said once."""
     scope = [f"these token ids, sizes, {count_of(r.ranks, 'rank')} and this case" for r in reports if r.outputs and r.verdict in ("PROVED", "UNKNOWN")]
     scope = ["in each run, its token ids, sizes, ranks and case"] if len(scope) > 1 else scope
-    proved = ["every value of the weights, over the real numbers"] if any(r.outputs and r.verdict == "PROVED" for r in reports) else []
+    kinds = {r.verdict for r in reports if r.outputs}
+    proved = ["every value of the weights, over the real numbers" + (", where PROVED" if len(kinds) > 1 else "")] if "PROVED" in kinds else []
     assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for r in reports for a in r.assumptions]
     not_run = [short_paths(t) for r in reports for t in r.not_run]
     weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for r in reports for d in r.warnings]
