@@ -5,6 +5,7 @@ What is TrainVerify's own fault is a notification of the run and no result: it s
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +20,7 @@ from trainverify.report.text import diagnostic_lines, finding_lines, says
 from trainverify.report.words import ascii_text, fold_names, short_path
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+_LINK = re.compile(r"\[([^][]*)\]\(")
 _LEVELS = {"error": "error", "warning": "warning", "note": "note"}
 _VERDICT_RULES = {"REFUTED": "An output differs from the reference, and no single cause was found", "UNKNOWN": "An output could not be decided"}
 
@@ -42,7 +44,7 @@ def _rule(code: str) -> dict[str, Any]:
     rule: dict[str, Any] = {"id": code, "shortDescription": _message(title)}
     page = explain.page(code)
     if page:
-        rule["help"] = {"text": page, "markdown": page}
+        rule["help"] = {"text": _escaped(page), "markdown": _escaped(page)}
     return rule
 
 
@@ -132,4 +134,9 @@ def _hash(*parts: str) -> str:
 
 
 def _message(text: str) -> dict[str, str]:
-    return {"text": ascii_text(text)}
+    return {"text": _escaped(text)}
+
+
+def _escaped(text: str) -> str:
+    """As SARIF writes braces and brackets that are neither placeholders nor links (sections 3.11.5 and 3.11.6)."""
+    return _LINK.sub(r"\\[\1\\](", ascii_text(text).replace("{", "{{").replace("}", "}}"))

@@ -201,6 +201,12 @@ def test_sarif_names_the_line_of_the_cause(snapshot):
     assert json.dumps(plain, indent=1) == snapshot
 
 
+def test_sarif_texts_hold_no_accidental_placeholders_and_links():
+    d = Diagnostic("REL002", "layers.{0,2}.w = f[i](x) and [a][0]", span=Span(f"{ROOT}/train.py", 3, "f"))
+    text = log(Report(verdict="REFUTED", findings=[Finding(d)]))["runs"][0]["results"][0]["message"]["text"]
+    assert text.startswith("layers.{{0,2}}.w = f\\[i\\](x) and [a][0].\n")
+
+
 def test_sarif_keeps_our_own_faults_out_of_the_results():
     (run,) = log(reports.internal())["runs"]
     assert run["results"] == [] and run["invocations"][0]["executionSuccessful"] is False
