@@ -163,7 +163,7 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
 
 def _compare(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
     from trainverify.diagnose.explain import explain
-    from trainverify.diagnose.origin import Watch
+    from trainverify.diagnose.watch import Watch
     from trainverify.engine.analysis import analyse, survey
     from trainverify.engine.build import fill, fill_survey
     from trainverify.engine.weak import weak_spec
@@ -171,13 +171,13 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
     groups = {g.ranks: g.axis for t in parallel.traces for g in t.groups if len(g.ranks) > 1}
     if options.dry_run:
         return fill_survey(report, survey(reference, parallel, extra_rows=extra_rows, progress=progress), reference, parallel, groups)
-    watch = Watch()
+    watch = Watch(reference, parallel)
     analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, progress=progress, watch=watch)
     findings, explained = [], {}
     if analysis.second is not None:
         clock = time.perf_counter()
-        early = [d for d in analysis.diagnostics if d.code == "REL007"]
-        findings, explained = explain(parallel, analysis.second, watch, analysis.judgements, groups, early)
+        told = explain(analysis.second, watch, analysis.judgements, analysis.diagnostics)
+        findings, explained, analysis.diagnostics = told.findings, told.explained, told.diagnostics
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
     fill(report, analysis, reference, parallel, groups, findings, explained)
     report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)

@@ -19,6 +19,7 @@ class Dataflow:
         self._members: dict[tuple, list[Node]] = defaultdict(list)
         self._sender: dict[Node, Node] = {}
         self._scalars: dict[tuple[int, int], int] = {}
+        self._works: dict[Node, Node] = {}        # wait -> the receive that it completed
         self._nth: dict[tuple, int] = {}
         self._place: dict[Node, tuple] = {}
         self._producers: dict[Node, list[Node]] = {}
@@ -43,7 +44,7 @@ class Dataflow:
                 if op.collective.kind == "recv":
                     for ref in op.collective.outputs:
                         table[ref.storage].append((call.index, ref))
-                    self._sender[(rank, call.index)] = (rank, op.index)
+                    self._sender[(rank, call.index)] = self._works[(rank, call.index)] = (rank, op.index)
             else:
                 for ref in call.targets():
                     table[ref.storage].append((call.index, ref))
@@ -89,6 +90,15 @@ class Dataflow:
         """The send that a receive (or the wait that completed it) got its value from."""
         return self._sender.get(node)
 
+    def delivered(self, node: Node) -> Node:
+        """The communication that a wait completed; any other call itself."""
+        return self._works.get(node, node)
+
+    def members(self, node: Node) -> list[Node]:
+        """All members' calls of a collective, in order of ranks."""
+        c = self.call(node).collective
+        return self._members[(c.group, c.group_name, c.seq)]
+
     def twin(self, node: Node, rank: int) -> Node | None:
         """The same call on another rank: same op at the same line, the same time round."""
         if not self._nth:
@@ -132,6 +142,20 @@ class Dataflow:
             out += self.writer(rank, ref, index)
         out += [n for a in call.args if isinstance(a, ScalarRef) for n in self.scalar(rank, a)]
         return _unique(out)
+
+    def readers(self, node: Node, most: int = 8) -> list[Node]:
+        """The next later calls on the same rank that read what this call wrote, until it is overwritten."""
+        rank, index = node
+        call = self.call(node)
+        wrote = call.collective.outputs if call.collective is not None else call.targets()
+        out: list[Node] = []
+        for later in self.calls[rank][index + 1:]:
+            refs = later.collective.inputs if later.collective is not None else inputs(later)
+            if any(overlap(r, w) for r in refs for w in wrote):
+                out.append((rank, later.index))
+            if len(out) >= most or any(t in wrote for t in later.writes):
+                break
+        return out
 
     def first_reader(self, node: Node) -> Node | None:
         """The first later call on the same rank that reads what this call wrote."""

@@ -1,71 +1,45 @@
-"""From wrong outputs to findings: each names the operation where a difference arises, says what it is in algebra, and which outputs it explains."""
+"""From wrong outputs to findings: each names the operation where a difference arises, says what it is in algebra, and which outputs it
+explains. Nothing here decides a verdict."""
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
-from fractions import Fraction
+from dataclasses import dataclass, replace
 
-import torch
+import msgspec
 
-from trainverify.diagnose.dataflow import Dataflow
-from trainverify.diagnose.origin import Origin, Search, Watch, rank_origins
-from trainverify.diagnose.relation import Relation, relate
-from trainverify.diagnostics import Diagnostic, Span
+from trainverify.diagnose import decisions
+from trainverify.diagnose.additive import Sums
+from trainverify.diagnose.dataflow import Node
+from trainverify.diagnose.evidence import witnesses
+from trainverify.diagnose.findings import Writer
+from trainverify.diagnose.origin import Origin, Search, rank_origins
+from trainverify.diagnose.relation import OTHER, Relation, Relations
+from trainverify.diagnose.watch import Watch
+from trainverify.diagnostics import Diagnostic
 from trainverify.engine.verdict import Judgement
-from trainverify.ir.trace import OpCall, Program, TensorRef, inputs
-from trainverify.report.model import Finding, Operand, Witness
+from trainverify.report.model import Finding
 
-ORDER = {"scalar": 0, "gradient": 1, "parameter": 2, "buffer": 3, "state": 4}
-MOST_FINDINGS, MOST_SEARCHED = 3, 48
-MESSAGES = {
-    "REL001": "first operation whose inputs agree with the reference and whose result does not",
-    "REL002": "value is one rank's share: a sum over ranks is missing",
-    "REL003": "value is {factor} x the reference",
-    "REL004": "parameter is never updated on these ranks",
-    "REL009": "uninitialised memory reaches an output",
-    "REL010": "value is not a number where the reference is finite",
-}
+ORDER = {"gradient": 0, "scalar": 1, "parameter": 2, "buffer": 3, "state": 4}
+MOST_FINDINGS, MOST_SEARCHED, MOST_RELATED = 3, 48, 12
 
 
-def explain(program: Program, watched, watch: Watch, judgements: list[Judgement],
-            groups: dict[tuple[int, ...], str], early: Sequence[Diagnostic] = ()) -> tuple[list[Finding], dict]:
-    """Findings, best first, and the index of the finding that explains each wrong output's key. `watched`: the engine's Pass in which
-    `watch` saw the values. `early`: reads before a wait; what was read is arbitrary, so that they are the cause of all."""
-    comparison, field = watched.comparison, watched.field
-    wrong = [_in_pass(j, comparison) for j in judgements if j.verdict == "REFUTED"]
-    wrong = wrong or [_in_pass(j, comparison) for j in judgements if j.unsure]
+@dataclass(slots=True)
+class Explanation:
+    """Findings, best first; the index of the finding that explains each wrong output's key; and the run's diagnostics, of which those
+    that merely follow from the findings are now notes."""
+
+    findings: list[Finding]
+    explained: dict
+    diagnostics: list[Diagnostic]
+
+
+def explain(watched, watch: Watch, judgements: list[Judgement], diagnostics: list[Diagnostic]) -> Explanation:
+    """`watched`: the engine's Pass in which `watch` saw the values."""
+    wrong = [_in_pass(j, watched.comparison) for j in judgements if j.verdict == "REFUTED"]
+    sure = bool(wrong)
+    wrong = wrong or [_in_pass(j, watched.comparison) for j in judgements if j.unsure]
     if not wrong:
-        return [], {}
-    first = _primary(wrong)
-    if early:
-        return [Finding(early[0], explains=len(wrong), witnesses=witnesses(first))], {j.key: 0 for j in wrong}
-    flow = Dataflow(program)
-    search = Search(flow, watch)
-    starts = [(j.key, p.rank, _read_ref(p.recorded), p.recorded.call.index)
-              for j in first[:MOST_SEARCHED] for p in j.compared.pieces
-              if (p.wrong("field") or p.undefined()) and _read_ref(p.recorded) is not None]
-    origins = rank_origins(search, starts, _mark(watch, first))
-    by_key = {j.key: j for j in wrong}
-    findings: list[Finding] = []
-    explained: dict = {}
-    for origin in origins:
-        fresh = [k for k in by_key if k in origin.outputs and k not in explained]   # not the set's order: it differs between runs
-        if not fresh or len(findings) == MOST_FINDINGS:
-            continue
-        relation = _relation(field, comparison, by_key, fresh, groups)
-        findings.append(_finding(flow, search, origin, relation, [by_key[k] for k in fresh], field, groups))
-        explained.update(dict.fromkeys(fresh, len(findings) - 1))
-    if not findings:
-        relation = _relation(field, comparison, by_key, [first[0].key], groups)
-        findings.append(_bare(flow, relation, first))
-        explained.update({j.key: 0 for j in first})
-    for j in wrong:                           # later steps and updates follow from the first cause
-        explained.setdefault(j.key, 0)
-    counts = defaultdict(int)
-    for index in explained.values():
-        counts[index] += 1
-    return [Finding(f.diagnostic, f.op, f.modules, f.used_at, f.algebra, f.operands, counts[i], f.witnesses) for i, f in enumerate(findings)], explained
+        return Explanation([], {}, diagnostics)
+    return Diagnosis(watched, watch, wrong, diagnostics, sure).explanation()
 
 
 def _in_pass(j: Judgement, comparison) -> Judgement:
@@ -75,20 +49,150 @@ def _in_pass(j: Judgement, comparison) -> Judgement:
     return replace(j, compared=fresh, wrong=[replace(w, piece=twin[id(w.piece)]) for w in j.wrong], unsure=[twin[id(p)] for p in j.unsure])
 
 
-def _mark(watch: Watch, first: list[Judgement]):
-    """What to follow upwards: values that are not a number or uninitialised, or (None) values that are not the reference's."""
-    if all(j.code == "REL010" for j in first):
-        return watch.nan
-    return watch.garbage if all(j.code == "REL009" for j in first) else None
+class Diagnosis:
+    """The work on one run."""
 
+    def __init__(self, watched, watch: Watch, wrong: list[Judgement], diagnostics: list[Diagnostic], sure: bool):
+        self.watched, self.watch, self.flow, self.sure = watched, watch, watch.flow, sure
+        self.wrong, self.diagnostics = wrong, diagnostics
+        self.by_key = {j.key: j for j in wrong}
+        self.step = min(j.key[2] for j in wrong)
+        self.relations = Relations(watched.field, watched.comparison, watch)
+        self.sums = Sums(self.relations)
+        self.search = Search(watch.flow, watch)
+        self.writer = Writer(watch.flow, self.search, self.relations)
+        self.raw = {j.key: raw for j in wrong if j.key[0] == "gradient" and j.key[2] == self.step
+                    and (raw := self.relations.unclipped(j.compared)) is not None}
+        self.first = self._primary()
+        self.findings: list[Finding] = []
+        self.related: list[Relation] = []     # of each finding
+        self.explained: dict = {}
+        self.sources: list[set[Node]] = []    # of each finding: where its differences arise
 
-def _primary(wrong: list[Judgement]) -> list[Judgement]:
-    """The wrong outputs that come first: earliest step, and its scalars and gradients before what follows from them."""
-    step = min(j.key[2] for j in wrong)
-    early = sorted((j for j in wrong if j.key[2] == step), key=lambda j: ORDER.get(j.key[0], 9))
-    gradients = [j for j in early if j.key[0] == "gradient"]
-    losses = [j for j in early if j.key[0] == "scalar"]
-    return gradients + losses or early
+    def explanation(self) -> Explanation:
+        early = [d for d in self.diagnostics if d.code == "REL007"]
+        if early:                             # what was read before a wait is arbitrary: the cause of all
+            self.sources = [{(r, c.index) for d in early for r in d.ranks for c in self.flow.calls[r] if self._is_at((r, c.index), d)}]
+            self._add(Finding(early[0], witnesses=witnesses(self.first), diagnosis="uninitialised"), OTHER, list(self.by_key))
+        else:
+            self._search()
+        found = decisions.places(self.watched.parallel, self.diagnostics)
+        consequences = [p.diagnostic for p in found if self.sure and (self._is_later(p) or decisions.follows(p, self.flow, set().union(*self.sources)))]
+        if not early:
+            self._decided([p for p in found if p.diagnostic not in consequences])
+        for j in self.wrong:                  # later steps and updates follow from the first cause
+            self.explained.setdefault(j.key, 0)
+        counts = [list(self.explained.values()).count(i) for i in range(len(self.findings))]
+        findings = [msgspec.structs.replace(f, explains=n) for f, n in zip(self.findings, counts)]
+        return Explanation(findings, self.explained, decisions.told(self.diagnostics, consequences))
+
+    def _add(self, finding: Finding, relation: Relation, keys: list) -> None:
+        self.findings.append(finding)
+        self.related.append(relation)
+        self.explained.update(dict.fromkeys(keys, len(self.findings) - 1))
+
+    def _is_at(self, node: Node, d: Diagnostic) -> bool:
+        span = self.flow.span(node)
+        return span is not None and d.span is not None and (span.file, span.line, span.step) == (d.span.file, d.span.line, d.span.step)
+
+    # ---- what to start from
+    def _primary(self) -> list[Judgement]:
+        """The wrong outputs that come first: earliest step, and its scalars and gradients before what follows from them; of gradients
+        those that were wrong before they were clipped, if any were."""
+        early = sorted((j for j in self.wrong if j.key[2] == self.step), key=lambda j: ORDER.get(j.key[0], 9))
+        gradients = [j for j in early if j.key[0] == "gradient"]
+        before = [j for j in gradients if j.key not in self.raw or any(p.wrong("field") for p in self.raw[j.key].pieces)]
+        losses = [j for j in early if j.key[0] == "scalar"]
+        return (before or gradients) + losses or early
+
+    def _starts(self) -> list[tuple]:
+        """(key, rank, region, before which call) of every wrong piece of the first outputs; before clipping, where it was wrong already."""
+        out = []
+        for j in self.first[:MOST_SEARCHED]:
+            raw = {id(p.recorded): p for p in self.raw[j.key].pieces} if j.key in self.raw else {}
+            for p in j.compared.pieces:
+                ref, before = _read_ref(p.recorded), p.recorded.call.index
+                if ref is None or not (p.wrong("field") or p.undefined()):
+                    continue
+                stage = self.watch.unclipped("parallel", (p.rank, before))
+                if stage is not None and id(p.recorded) in raw and raw[id(p.recorded)].wrong("field"):
+                    ref, before = stage.term.ref, stage.before
+                out.append((j.key, p.rank, ref, before))
+        return out
+
+    def _mark(self):
+        """What to follow upwards: values that are not a number or uninitialised, or (None) values that are not the reference's."""
+        if all(j.code == "REL010" for j in self.first):
+            return self.watch.nan
+        return self.watch.garbage if all(j.code == "REL009" for j in self.first) else None
+
+    # ---- causes
+    def _search(self) -> None:
+        for origin in rank_origins(self.search, self._starts(), self._mark()):
+            fresh = [k for k in self.by_key if k in origin.outputs and k not in self.explained]   # not the set's order: it differs between runs
+            if not fresh or len(self.findings) == MOST_FINDINGS:
+                continue
+            known = next((i for i, r in enumerate(self.related) if self._explains(i, r, origin, fresh)), None)
+            if known is not None:
+                self.explained.update(dict.fromkeys(fresh, known))
+                continue
+            relation = self._relation(fresh)
+            self.sources.append(set(origin.nodes))
+            late = self._late(origin, relation, fresh)
+            self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late), relation, fresh)
+        if not self.findings:
+            keys = [j.key for j in self.first]
+            relation = self._relation(keys)
+            self._add(self.writer.bare(relation, self.first), relation, keys)
+
+    def _late(self, origin: Origin, relation: Relation, keys: list) -> list[Node]:
+        """If gradients that are right come from the same calls (every backward is scaled, and a division makes up for it later), what is
+        missing is missing afterwards: the last writers of the wrong ones, else []."""
+        if relation.kind != "multiple":
+            return []
+        right = [(p.rank, p.recorded) for k, c in self.watched.comparison.compared.items() if k[0] == "gradient" and k[2] == self.step
+                 and (k not in self.by_key or k in self.raw and not any(p.wrong("field") for p in self.raw[k].pieces)) for p in c.pieces[:1]]
+        ends = [n for rank, rec in right[:4] if rec.ref is not None for n in self.flow.writer(rank, rec.ref, rec.call.index)[:1]]
+        if not decisions.above(self.flow, ends, set(origin.nodes)):
+            return []
+        return [n for key, rank, ref, before in self._starts() if key in keys and rank == origin.node[0] and not hasattr(ref, "id")
+                for n in self.flow.writer(rank, ref, before)[:1]]
+
+    def _explains(self, index: int, relation: Relation, origin: Origin, keys: list) -> bool:
+        """Whether a finding explains these outputs too: their origin lies below its own, or they are wrong by the same weights."""
+        if self.search.above(origin.nodes) & self.sources[index]:
+            return True
+        return bool(relation.ratio) and all(self.sums.explained_by(self.by_key[k].compared, relation) for k in keys)
+
+    def _relation(self, keys: list) -> Relation:
+        """The simplest relation that holds for one of these outputs, before clipping where that is known."""
+        order = sorted(keys, key=lambda k: (ORDER.get(k[0], 9), k[2], k[1]))
+        seen = [c for k in order[:MOST_RELATED] for c in (self.raw.get(k), self.by_key[k].compared) if c is not None]
+        for find in (self.relations.simple, self.sums.of):
+            for c in seen:
+                got = find(c)
+                if got is not None and got.kind != "other":
+                    return got
+        return OTHER
+
+    # ---- decisions
+    def _is_later(self, place: decisions.Place) -> bool:
+        """Whether all of it happens after a step whose updates were wrong already."""
+        spans = [self.flow.span(n) for n in place.nodes]
+        return bool(spans) and all(s is not None and s.step > self.step for s in spans)
+
+    def _decided(self, places: list[decisions.Place]) -> None:
+        """An unmatched decision of right values above a finding's operation is its cause: it is told first, as the finding."""
+        for place in places:
+            if not self.sources or not place.nodes or any(self.search.wrong_inputs(n) for n in place.first):
+                continue
+            if decisions.above(self.flow, sorted(self.sources[0]), set(place.first)):
+                old = self.findings[0]
+                span = old.diagnostic.span
+                self.findings[0] = msgspec.structs.replace(
+                    old, diagnostic=place.diagnostic, op=self.flow.call(place.first[0]).name, modules=(), operands=(), algebra="", diagnosis="decision",
+                    used_at=tuple(s for s in (span, *old.used_at) if s is not None))
+                return
 
 
 def _read_ref(recorded):
@@ -97,116 +201,3 @@ def _read_ref(recorded):
         return recorded.ref
     value = recorded.call.args[3]
     return value if hasattr(value, "id") else None
-
-
-def _relation(field, comparison, by_key, keys, groups) -> Relation:
-    for key in sorted(keys, key=lambda k: (ORDER.get(k[0], 9), k[2], k[1])):
-        c = by_key[key].compared
-        before = {}
-        if key[0] == "parameter":
-            for p in c.pieces:
-                line = comparison.lineage_of(p.rank, "parameter", p.recorded.name)
-                before[id(p)] = field.take([comparison.every["field"]], torch.from_numpy(p.numbers) + 1) if line is not None and len(p.numbers) else None
-        got = relate(field, c, list(groups), groups, before)
-        if got.kind != "other":
-            return got
-    return Relation("other", "REL001", "")
-
-
-def _finding(flow: Dataflow, search: Search, origin: Origin, relation: Relation, judgements: list[Judgement], field, groups) -> Finding:
-    call = flow.call(origin.node)
-    span = flow.span(origin.node)
-    severity, sure = "error", any(j.wrong for j in judgements)
-    if not sure:
-        relation, severity = Relation("other", judgements[0].code, ""), "warning"
-    elif all(w.nan for j in judgements for w in j.wrong):
-        relation = Relation("nan", "REL010", "parallel is not a number where the reference is")
-    elif relation.kind == "other" and origin.status.startswith("x "):
-        relation = Relation("scaled", "REL003", f"result = {origin.status[2:]} x a value of the reference", Fraction(origin.status[2:]))
-    elif relation.kind == "other" and (group := search.share(field, origin.node, list(groups))) is not None:
-        axis = groups.get(group, "")
-        over = f"{axis} ranks {list(group)}" if axis else f"ranks {list(group)}"
-        relation = Relation("partial", "REL002", f"reference = sum over {over} of the parallel values", Fraction(1), group)
-    own = (span.file, span.line) if span else None
-    constants = [s for s in map(flow.span, search.constants()) if s is not None and (s.file, s.line) != own and s.phase != "setup"]
-    places = _distinct(constants)[:2] + _distinct(_used_at(flow, judgements))
-    return Finding(
-        Diagnostic(relation.code, MESSAGES[relation.code].format(factor=relation.factor), severity, span, tuple(sorted(origin.ranks)),
-                   () if sure else ("no float64 witness was found",)),
-        call.name, tuple(dict.fromkeys(s for s in [span.module if span else ""] if s)), places, relation.text,
-        _operands(flow, search, origin.node, call), len(judgements), witnesses(judgements))
-
-
-def _bare(flow: Dataflow, relation: Relation, judgements: list[Judgement]) -> Finding:
-    """No operation could be singled out: name where ranks that are right last wrote the value, and where the wrong one was read."""
-    wrong = {w.piece.rank for j in judgements for w in j.wrong}
-    right = [p.recorded for j in judgements[:4] for p in j.compared.pieces if p.rank not in wrong and isinstance(p.recorded.ref, TensorRef)]
-    writers = [flow.span(n) for rec in right[:4] for n in flow.writer(rec.rank, rec.ref, rec.call.index)[:1]]
-    own = [flow.span(n) for j in judgements[:4] for w in j.wrong[:1] if isinstance(w.piece.recorded.ref, TensorRef)
-           for n in flow.writer(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)[:1]]
-    places = _distinct(writers + own + _used_at(flow, judgements))
-    return Finding(Diagnostic(relation.code, MESSAGES[relation.code].format(factor=relation.factor), "error", places[0] if places else None,
-                              tuple(sorted(wrong))), "", (), places[1:], relation.text, (), len(judgements), witnesses(judgements))
-
-
-def _distinct(spans: list[Span | None]) -> tuple[Span, ...]:
-    return tuple({(s.file, s.line): s for s in reversed(spans) if s is not None and s.file}.values())[::-1][:4]
-
-
-def _used_at(flow: Dataflow, judgements: list[Judgement]) -> list[Span | None]:
-    """Where the wrong values are used as if they were right: the first reader after their last write, and the optimizer's step."""
-    out: list[Span | None] = []
-    for j in judgements[:8]:
-        for w in j.wrong[:1]:
-            rec = w.piece.recorded
-            if isinstance(rec.ref, TensorRef):
-                last = flow.writer(rec.rank, rec.ref, rec.call.index)[:1]
-                reader = flow.first_reader(last[0]) if last else None
-                out.append(flow.span(reader) if reader else None)
-            out.append(flow.span((rec.rank, rec.call.index)))
-    return out
-
-
-def _operands(flow: Dataflow, search: Search, node, call: OpCall) -> tuple[Operand, ...]:
-    refs = call.collective.inputs if call.collective is not None else tuple(inputs(call))
-    out = []
-    for i, ref in enumerate(refs[:4]):
-        status = [search.status(p) for p in flow.writer(node[0], ref, node[1])]
-        bad = next((s for s in status if s != "good"), "good")
-        out.append(Operand(f"input {i}", ref.size, ref.dtype, _words(bad)))
-    targets = call.collective.outputs if call.collective is not None else call.targets()
-    out += [Operand("result", ref.size, ref.dtype, _words(search.status(node))) for ref in targets[:1]]
-    return tuple(out)
-
-
-def _words(status: str) -> str:
-    return {"good": "agrees with the reference", "open": "no value of the reference", "constant": "a constant that the reference lacks"}.get(status, f"{status[2:]} x a value of the reference")
-
-
-def witnesses(judgements: list[Judgement], most: int = 3) -> tuple[Witness, ...]:
-    """Concrete elements on which the sides differ, the largest relative difference first in each output."""
-    out = []
-    for j in [j for j in judgements if j.wrong][:most]:
-        w = j.wrong[0]
-        k = int((w.parallel - w.reference).abs().nan_to_num(float("inf")).argmax())
-        element = int(w.piece.at[int(w.index[k])])
-        values = []
-        for other in j.wrong:
-            here = [i for i, at in enumerate(other.index.tolist()) if int(other.piece.at[at]) == element]
-            if here:
-                values.append((other.piece.rank, float(other.parallel[here[0]])))
-        kind, name, step = j.key
-        label = {"gradient": f"{name}.grad", "state": name.replace("::", "."), "scalar": name}.get(kind, name)
-        shape = w.piece.recorded.ref.size if w.piece.recorded.ref is not None else ()
-        out.append(Witness(f"{label}{_index(element, shape)}, step {step}", float(w.reference[k]), tuple(values[:8])))
-    return tuple(out)
-
-
-def _index(flat: int, shape: tuple[int, ...]) -> str:
-    if not shape:
-        return ""
-    index = []
-    for size in reversed(shape):
-        index.append(flat % size)
-        flat //= size
-    return "[" + ", ".join(str(i) for i in reversed(index)) + "]"

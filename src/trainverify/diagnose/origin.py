@@ -5,125 +5,13 @@ output through producers that disagree in the same way; it stops where all input
 """
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
-from fractions import Fraction
 
-import numpy as np
-import torch
-
-from trainverify.algebra.base import Complex
-from trainverify.algebra.fieldvalue import is_garbage
 from trainverify.diagnose.dataflow import Dataflow, Node
+from trainverify.diagnose.watch import CONSTANT, GOOD, OPEN, Watch
 from trainverify.ir.trace import ScalarRef, TensorRef
-from trainverify.replay.memory import is_float
 
-FACTORS = tuple(Fraction(n) for n in (2, 3, 4, 6, 8, -1)) + tuple(Fraction(1, n) for n in (2, 3, 4, 6, 8))
-GOOD, OPEN, CONSTANT = "good", "open", "constant"
-MICRO = ("exp", "mul", "sum", "inv", "matmul", "log", "add", "sub", "sqrt", "div")
-KEPT = 1 << 24                                # elements of open values that are kept for a closer look
-
-
-@dataclass(slots=True)
-class Watch:
-    """Hook target: fingerprints of the reference's values, then each parallel result's status: good; constant (no symbol in it, but
-    no constant of the reference either); "x c" (c times values of the reference); open (none of these, kept in `values`)."""
-
-    factors: tuple[Fraction, ...] = FACTORS
-    prints: list[np.ndarray] = field(default_factory=list)
-    table: np.ndarray | None = None
-    status: dict[Node, str] = field(default_factory=dict)
-    values: dict[Node, object] = field(default_factory=dict)
-    kept: int = 0
-    inverses: object = None                   # of the factors, as a value of the field
-    nan: set[Node] = field(default_factory=set)
-    garbage: set[Node] = field(default_factory=set)
-
-    def value(self, side: str, machine, m, call, k: int, ref) -> None:
-        if not is_float(ref.dtype):
-            return
-        if side == "parallel":
-            self._mark(machine, m, call, ref)
-        if m.name != "field":
-            return
-        v = machine.memory["field"].load(ref)
-        for part in (v.re, v.im) if isinstance(v, Complex) else (v,):
-            if side == "reference":
-                self.prints.append(np.unique(m.fingerprint(part).reshape(-1).numpy()))
-            else:
-                self._judge(machine.rank, call.index, m, part)
-
-    def _finish(self) -> np.ndarray:
-        if self.table is None:
-            self.table = np.unique(np.concatenate(self.prints)) if self.prints else np.zeros(0, dtype=np.int64)
-            self.prints.clear()
-        return self.table
-
-    def found(self, m, v) -> bool:
-        return bool(self._among(m.fingerprint(v).reshape(-1).numpy()).all())
-
-    def _among(self, f: np.ndarray) -> np.ndarray:
-        """Which fingerprints are values of the reference."""
-        table = self._finish()
-        if not len(table):
-            return np.zeros(f.shape, dtype=bool)
-        at = np.minimum(np.searchsorted(table, f), len(table) - 1)
-        return table[at] == f
-
-    def begin(self, m, everything) -> None:
-        """Before the reference is replayed. Its symbols are values of it, and so are the results of the micro-operations inside its
-        rows: fused and composed forms meet there."""
-        self.inverses = None
-        self.prints.append(np.unique(m.fingerprint(everything).reshape(-1).numpy()))
-        for name in MICRO:
-            setattr(m, name, self._noted(m, getattr(m, name)))
-
-    def _noted(self, m, micro):
-        def noted(*args, **kwargs):
-            v = micro(*args, **kwargs)
-            self.prints.append(np.unique(m.fingerprint(v).reshape(-1).numpy()))
-            return v
-        return noted
-
-    def end(self, m) -> None:
-        """After the reference is replayed."""
-        for name in MICRO:
-            delattr(m, name)
-
-    def _mark(self, machine, m, call, ref) -> None:
-        """Which results hold a NaN in float64, or uninitialised elements."""
-        v = machine.memory[m.name].load(ref)
-        for part in (v.re, v.im) if isinstance(v, Complex) else (v,):
-            if m.name == "real" and bool(part.t.isnan().any()):
-                self.nan.add((machine.rank, call.index))
-            uninitialised = is_garbage(part) if m.name == "field" else None
-            if uninitialised is not None and bool(uninitialised.any()):
-                self.garbage.add((machine.rank, call.index))
-
-    def _judge(self, rank: int, index: int, m, v) -> None:
-        old = self.status.get((rank, index), GOOD)
-        if old not in (GOOD, CONSTANT):
-            return
-        status = GOOD
-        if not self.found(m, v):
-            status = CONSTANT if m.is_const(v) else self._scale(m, v)
-        n = int(np.prod(v.shape, dtype=np.int64))
-        if status == OPEN and self.kept + n <= KEPT:
-            self.values[(rank, index)] = v
-            self.kept += n
-        self.status[(rank, index)] = old if status == GOOD else status
-
-    def _scale(self, m, v) -> str:
-        """"x c" if every element is c times a value of the reference; a few elements are tried with all factors at once first."""
-        n = int(np.prod(v.shape, dtype=np.int64))
-        sample = m.take([v], torch.arange(1, n + 1, max(1, n // 8))[:, None])
-        if self.inverses is None:
-            self.inverses = m.reshape(m.stack([m.const(1 / c) for c in self.factors]), (1, len(self.factors)))
-        likely = self._among(m.fingerprint(m.mul(sample, self.inverses)).numpy()).all(0)
-        for k in np.flatnonzero(likely):
-            if self.found(m, m.scale(v, 1 / self.factors[k])):
-                return f"x {self.factors[k]}"
-        return OPEN
+NEAR = 8                                      # calls between a communication and an operation that works on what it brought
 
 
 @dataclass(slots=True)
@@ -134,6 +22,7 @@ class Origin:
     status: str
     outputs: set = field(default_factory=set)
     ranks: set = field(default_factory=set)
+    nodes: set = field(default_factory=set)   # all calls at this place where a difference arises
 
 
 class Search:
@@ -170,10 +59,43 @@ class Search:
         return {s for s in sources if self.flow.call(s).collective is not None and self.flow.call(s).collective.kind != "send"
                 and all(self.status(p) == GOOD for p in self.flow.producers(s))}
 
-    def constants(self) -> list[Node]:
-        """Where constants that feed the wrong region, and that the reference does not have, were made; in program order."""
-        found = [p for n in self.region for p in self.flow.producers(n) if self.status(p) == CONSTANT]
+    def constants(self, nodes) -> list[Node]:
+        """Where constants that these calls read, and that the reference does not have, were made."""
+        found = [p for n in nodes for p in self.flow.producers(n) if self.status(p) == CONSTANT]
         return sorted(self._walk(found, lambda n: self.status(n) == CONSTANT), key=lambda n: (n[1], n[0]))
+
+    def above(self, nodes) -> set[Node]:
+        """These calls, and all that they were computed from through values that do not agree."""
+        seen: set[Node] = set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack += [p for p in self.flow.producers(node) if self.status(p) not in (GOOD, CONSTANT)]
+        return seen
+
+    def wrong_inputs(self, node: Node) -> bool:
+        return any(self.status(p) not in (GOOD, CONSTANT) for p in self.flow.producers(node))
+
+    def through(self, node: Node) -> Node | None:
+        """The nearest communication above a call whose operands are right, within a few calls and within its phase."""
+        span = self.flow.span(node)
+        level, seen = [node], {node}
+        for _ in range(NEAR):
+            level = [p for n in level for p in self._feeders(n) if p not in seen]
+            seen.update(level)
+            for p in level:
+                at = self.flow.span(p)
+                if span is not None and at is not None and (at.phase == "setup" or at.step != span.step):
+                    continue
+                if self.flow.sender(p) is not None:
+                    return p
+        return None
+
+    def _feeders(self, node: Node) -> list[Node]:
+        """Producers on the same rank; a receive is its own."""
+        return [] if self.flow.sender(node) is not None else [p for p in self.flow.producers(node) if p[0] == node[0]]
 
     def _is_marked(self, node: Node, marked: set[Node]) -> bool:
         """A receive and a tracked scalar are marked as what they were made from."""
@@ -213,19 +135,18 @@ class Search:
 
 def rank_origins(search: Search, wrong: list[tuple[object, int, object, int]], marked: set[Node] | None = None) -> list[Origin]:
     """Candidates over wrong outputs (key, rank, ref, index of the tv.output call), best first: those that explain most, then the
-    earliest in program order. The same call on other ranks is one candidate."""
+    earliest in program order. Calls of one line, on any rank and in any phase, are one candidate."""
     by_place: dict[tuple, Origin] = {}
     for key, rank, ref, index in wrong:
         for node in search.origins(rank, ref, index, marked):
-            call = search.flow.call(node)
             span = search.flow.span(node)
-            place = (call.name, span and (span.file, span.line))
+            place = (span.file, span.line) if span is not None and span.file else (search.flow.call(node).name, 0)
             origin = by_place.get(place)
             if origin is None:
                 origin = by_place[place] = Origin(node, search.status(node))
-            if node[1] < origin.node[1]:
-                origin.node = node
+            if node[::-1] < origin.node[::-1]:
+                origin.node, origin.status = node, search.status(node)
             origin.outputs.add(key)
             origin.ranks.add(node[0])
+            origin.nodes.add(node)
     return sorted(by_place.values(), key=lambda o: (-len(o.outputs), o.node[1], o.node[0]))
-

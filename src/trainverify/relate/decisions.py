@@ -41,7 +41,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             ranks = tuple(sorted({machine.rank, *(old.ranks if old else ())}))
             out[key] = Diagnostic(
                 "REL008", f"a {_words(d.kind)} is decided by values that decide nothing in the reference "
-                f"({len(strange)} of {len(prints)} operands)", "error", span, ranks,
+                f"({len(strange)} of {len(prints)} operands)", "error", old.span if old else span, ranks,
                 (f"{d.call.name}; the reference decides by {len(known.get(d.kind, ()))} values of this kind",),
                 f"make both sides decide by the same values, or accept it: --accept {place}")
     idle = [Diagnostic("ACC001", f"--accept {a} accepts nothing: no unmatched decision is made there", "warning",

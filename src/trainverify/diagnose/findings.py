@@ -1,0 +1,150 @@
+"""Puts one cause into words: the line to look at first, what is wrong there, and where it goes from there (not trusted)."""
+from __future__ import annotations
+
+from fractions import Fraction
+
+from trainverify.diagnose.dataflow import Dataflow, Node
+from trainverify.diagnose.evidence import operands, witnesses
+from trainverify.diagnose.origin import Origin, Search
+from trainverify.diagnose.relation import OTHER, Relation, Relations, partial, scaled
+from trainverify.diagnose.terms import COPIED, SAME, SUMS
+from trainverify.diagnostics import Diagnostic, Span
+from trainverify.engine.verdict import Judgement
+from trainverify.ir.trace import TensorRef
+from trainverify.report.model import Finding
+
+NOUNS = {"gradient": "gradient", "parameter": "updated parameter", "state": "optimizer state", "buffer": "buffer"}
+FIRST = "first operation whose inputs agree with the reference and whose result does not"
+THROUGH = SUMS | SAME | COPIED | {"t", "transpose", "permute", "select", "slice", "split", "cat", "_chunk_cat", "unsqueeze", "squeeze"}
+MOST_HOPS, MOST_PLACES = 12, 4
+
+
+class Writer:
+    def __init__(self, flow: Dataflow, search: Search, relations: Relations):
+        self.flow, self.search, self.relations, self.names = flow, search, relations, relations.names
+
+    def at_origin(self, origin: Origin, relation: Relation, judgements: list[Judgement], late: list[Node] = ()) -> Finding:
+        """A finding for an operation where a difference arises; `late`: the calls after which something is missing, where that is known."""
+        sure = any(j.wrong for j in judgements)
+        if not sure:
+            relation = Relation("uninitialised" if judgements[0].code == "REL009" else "other", judgements[0].code)
+        elif all(w.nan for j in judgements for w in j.wrong):
+            relation = Relation("other", "REL010", "parallel is not a number where the reference is")
+        elif relation.kind == "other":
+            relation = self._at(origin) or OTHER
+        node = origin.node
+        brought = self._constants(origin, relation) if relation.kind in ("other", "reweighted", "multiple") else []
+        message = self._message(relation, judgements)
+        if brought:
+            message = FIRST_CONSTANT if relation is OTHER else message
+        used = self._used_whole(late or [node])
+        place = used[0] if late and used else brought[0] if brought else node
+        if late and used:
+            node = place
+        after = [self.flow.span(n) for n in (*brought[1:2], *([node] if brought else []), *used)]
+        span = self.flow.span(place)
+        return Finding(
+            Diagnostic(relation.code, message, "error" if sure else "warning", span, tuple(sorted(origin.ranks)),
+                       (*((MISSING,) if late and used else self._arrived(origin)), *(() if sure else ("no float64 witness was found",)))),
+            self.flow.call(place).name, self._modules(origin, place),
+            self._places([*after, *self._used_at(judgements)], span), relation.text, operands(self.search, self.relations, node),
+            len(judgements), witnesses(judgements), relation.kind)
+
+    def bare(self, relation: Relation, judgements: list[Judgement]) -> Finding:
+        """No operation could be singled out: name where ranks that are right last wrote the value, and where the wrong one was read."""
+        wrong = {w.piece.rank for j in judgements for w in j.wrong}
+        right = [p.recorded for j in judgements[:4] for p in j.compared.pieces if p.rank not in wrong and isinstance(p.recorded.ref, TensorRef)]
+        writers = [self.flow.span(n) for rec in right[:4] for n in self.flow.writer(rec.rank, rec.ref, rec.call.index)[:1]]
+        own = [self.flow.span(n) for j in judgements[:4] for w in j.wrong[:1] if isinstance(w.piece.recorded.ref, TensorRef)
+               for n in self.flow.writer(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)[:1]]
+        places = self._places([*writers, *own, *self._used_at(judgements)], None)
+        return Finding(Diagnostic(relation.code, self._message(relation, judgements), "error", places[0] if places else None, tuple(sorted(wrong))),
+                       "", (), places[1:], relation.text, (), len(judgements), witnesses(judgements), relation.kind)
+
+    def _modules(self, origin: Origin, place: Node) -> tuple[str, ...]:
+        spans = [self.flow.span(n) for n in ([place] if place not in origin.nodes else sorted(origin.nodes, key=lambda n: n[::-1]))]
+        return tuple(dict.fromkeys(s.module for s in spans if s is not None and s.module))
+
+    # ---- words
+    def _message(self, relation: Relation, judgements: list[Judgement]) -> str:
+        kinds = [j.key[0] for j in judgements]
+        what = next((NOUNS.get(k, "value") for k in ("gradient", "parameter", "buffer", "state") if k in kinds), judgements[0].key[1])
+        if relation.kind == "multiple":
+            named = f" ({relation.factor} = {relation.detail})" if relation.detail else ""
+            return f"{what} is zero where the reference's is not" if relation.factor == 0 else f"{what} is {relation.factor} x the reference{named}"
+        return {
+            "partial sum": f"{what} is one rank's share: the sum over {relation.detail} is missing",
+            "never updated": f"{what} is never updated on these ranks",
+            "stale": f"{what} is stale: the reference's {relation.detail}",
+            "permutation": f"{what} holds the reference's elements {relation.detail}",
+            "other tensor": f"{what} is another value of the reference: {relation.detail.removeprefix('of ')}",
+            "reweighted": f"{what} is a sum whose shares are weighed differently from the reference's",
+            "additive term": f"{what} is a sum with {relation.detail.removesuffix('.')}" if relation.detail.startswith("a term too many") else f"{what} is a sum of which {relation.detail}",
+            "uninitialised": "uninitialised memory reaches an output",
+        }.get(relation.kind, "value is not a number where the reference is finite" if relation.code == "REL010" else FIRST)
+
+    # ---- at the origin
+    def _at(self, origin: Origin) -> Relation | None:
+        """What the operation's own result is, where nothing simple holds for the outputs."""
+        field = self.relations.field
+        if origin.status.startswith("x "):
+            return scaled(self.names, Fraction(origin.status[2:]), "a value of the reference")
+        group = self.search.share(field, origin.node, list(self.names.groups))
+        return partial(self.names, Fraction(1), group) if group is not None else None
+
+    def _constants(self, origin: Origin, relation: Relation) -> list[Node]:
+        """Where a constant that the reference lacks comes from: one that the operations of this origin combine with right values, or,
+        where shares are weighed wrongly, one that meets any wrong value."""
+        own = self.flow.span(origin.node)
+        out = []
+        for n in self.search.constants(self.search.region if relation.kind == "reweighted" else origin.nodes):
+            span = self.flow.span(n)
+            if span is not None and span.file and span.phase != "setup" and (own is None or (span.file, span.line) != (own.file, own.line)):
+                out.append(n)
+        return out[:2]
+
+    def _arrived(self, origin: Origin) -> tuple[str, ...]:
+        """The last communication that an operand of a wrong result of right values came through: it may have brought the wrong part."""
+        sent = next((s for n in sorted(origin.nodes, key=lambda n: n[::-1]) if (s := self.search.through(n)) is not None), None)
+        if sent is None:
+            return ()
+        span, c = self.flow.span(sent), self.flow.call(self.flow.delivered(sent)).collective
+        place = f" at {span}" + (f" in {span.function}" if span.function else "") if span is not None and span.file else ""
+        return (f"its operands came through a {c.kind}" + (f" from rank {c.peer}" if c.kind == "recv" else f" over {self.names.over(c.group)}") + place,)
+
+    def _used_whole(self, nodes: list[Node]) -> list[Node]:
+        """Where the value is first used as if it were whole: the first reader that is no sum, copy or multiplication by a number."""
+        stack, hops = list(nodes), 0
+        while stack and hops < MOST_HOPS:
+            node, hops = stack.pop(0), hops + 1
+            for reader in self.flow.readers(node):
+                call = self.flow.call(reader)
+                base = call.name.split(".")[1] if call.name.startswith("aten.") else ""
+                if call.collective is not None or base in THROUGH:
+                    stack.append(reader)
+                elif not call.name.startswith("tv."):
+                    return [reader]
+        return []
+
+    def _used_at(self, judgements: list[Judgement]) -> list[Span | None]:
+        """Where the wrong values are used as if they were right: the first reader after their last write, and the optimizer's step."""
+        out: list[Span | None] = []
+        for j in judgements[:8]:
+            for w in j.wrong[:1]:
+                rec = w.piece.recorded
+                if isinstance(rec.ref, TensorRef):
+                    last = self.flow.writer(rec.rank, rec.ref, rec.call.index)[:1]
+                    reader = self.flow.first_reader(last[0]) if last else None
+                    out.append(self.flow.span(reader) if reader else None)
+                out.append(self.flow.span((rec.rank, rec.call.index)))
+        return out
+
+    def _places(self, spans: list[Span | None], own: Span | None) -> tuple[Span, ...]:
+        found = {(s.file, s.line): s for s in reversed(spans) if s is not None and s.file}
+        if own is not None:
+            found.pop((own.file, own.line), None)
+        return tuple(found.values())[::-1][:MOST_PLACES]
+
+
+MISSING = "right gradients come from the same calls, and lose this factor later: here a division, or a reduction that averages, is missing before this line"
+FIRST_CONSTANT = "a number that the reference does not have meets right values: the first operation that brings it in"
