@@ -7,6 +7,7 @@ that occur. So `unsat` always means that the claim holds; `sat` means something 
 """
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -214,20 +215,21 @@ class _Script:
 
     def _multiples(self, root: int) -> dict[int, int]:
         """Node `root` as a sum of integer multiples of nodes that are no such sums themselves."""
-        out: dict[int, int] = {}
-        stack = [(root, 1)]
-        while stack:
-            i, e = stack.pop()
+        out, waiting = {root: 1}, [-root]              # users come before their arguments, so each node is split once
+        while waiting:
+            i = -heapq.heappop(waiting)
             kind, attr, args = self.nodes[i]
-            if kind == "add":
-                stack += [(a, e) for a in reversed(args)]
-            elif kind == "neg":
-                stack.append((args[0], -e))
-            elif kind == "scl" and attr.denominator == 1 and abs(attr * e) <= EXPONENT:
-                stack.append((args[0], e * attr.numerator))
-            elif kind != "const" or attr:
-                out[i] = out.get(i, 0) + e
-        out = {i: e for i, e in out.items() if e}
+            e = out[i]
+            if kind == "add" or kind == "neg" or (kind == "scl" and attr.denominator == 1 and abs(attr * e) <= EXPONENT):
+                del out[i]
+                for a in args:
+                    if a not in out:
+                        out[a] = 0
+                        heapq.heappush(waiting, -a)
+                    out[a] += e * (attr.numerator if kind == "scl" else -1 if kind == "neg" else 1)
+            elif kind == "const" and not attr:
+                del out[i]
+        out = {i: e for i, e in sorted(out.items()) if e}
         return out if all(abs(e) <= EXPONENT for e in out.values()) else {root: 1}
 
     def _log(self, i: int, a: str) -> str:

@@ -1,0 +1,74 @@
+"""Files for obligations that are not decided."""
+from fractions import Fraction
+
+import pytest
+from kernel.expr import World
+
+from trainverify.certify.dump import Item, dump_unknown
+from trainverify.certify.smtlib import script
+from trainverify.certify.solvers import load
+from trainverify.diagnostics import Fault
+from trainverify.kernel import POSITIVE
+from trainverify.kernel.terms import digest
+
+READABLE = """\
+obligation DIGEST
+theory     division, exp
+SMT-LIB    in part: a solver's unsat proves the claim, its sat means nothing
+at         train.py:31: definedness
+at         train.py:44: budget
+
+For all reals x<k> for which the left side is defined and what is given holds, the right side is defined and equal:
+
+n0 = leaf<0>()
+n1 = exp(n0)
+n2 = leaf<1>()
+n3 = inv(n2)
+n4 = mul(n1 n3)
+n5 = scl<1/2>(n4)
+given n2 > 0
+n4 == n5
+"""
+
+
+def example():
+    w = World()
+    x = w.exp(w.leaf("x")) / w.leaf("y", POSITIVE)
+    return w.claim(x, x * Fraction(1, 2))
+
+
+def test_files(tmp_path):
+    ob, w = example(), World()
+    other = w.claim(w.leaf("x"), w.leaf("x") + w.leaf("y"))
+    items = [Item(ob, "train.py:31", "definedness"), Item(other, "train.py:40", "budget"), Item(ob, "train.py:44", "budget"), Item(ob, "train.py:31", "definedness")]
+    written = dump_unknown(tmp_path / "new" / "folder", items)
+    assert [p.name for p in written] == [digest(o) + suffix for o in (ob, other) for suffix in (".txt", ".smt2")]
+    assert sorted(written) == sorted((tmp_path / "new" / "folder").iterdir())
+    assert written[0].read_text() == READABLE.replace("DIGEST", digest(ob))
+    assert written[1].read_text() == script(ob, [f"obligation {digest(ob)}: unsat proves it", "train.py:31: definedness", "train.py:44: budget",
+                                                 "some functions are abstracted: sat means nothing"])
+    assert "sat means nothing" not in written[3].read_text()
+    assert load("z3").run(written[3].read_text(), 10_000).status == "sat"
+
+
+def test_places_of_several_lines_stay_comments(tmp_path):
+    w = World()
+    _, file = dump_unknown(tmp_path, [Item(w.claim(w.leaf("x"), w.leaf("x")), "a.py:1\n(assert false)", "why")])
+    assert "; (assert false)" in file.read_text() and "\n(assert false)" not in file.read_text()
+
+
+def test_writing_again_gives_the_same_files(tmp_path):
+    first = {p: p.read_bytes() for p in dump_unknown(tmp_path, [Item(example(), "a.py:1", "budget")])}
+    assert first == {p: p.read_bytes() for p in dump_unknown(tmp_path, [Item(example(), "a.py:1", "budget")])}
+
+
+def test_nothing_to_dump(tmp_path):
+    assert dump_unknown(tmp_path, []) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Fault) as fault:
+        dump_unknown(tmp_path / "file", [Item(example(), "a.py:1", "budget")])
+    assert fault.value.diagnostics[0].code == "FILE006"
+    assert str(tmp_path / "file") in fault.value.diagnostics[0].message
