@@ -5,8 +5,9 @@ from kit import FFN, HIDDEN, Gather, Net, ReduceScatter, ep_training, load, make
 from torch import nn
 
 RANKS = 6
-BUG = {"id": "A16", "link": "https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5231", "diagnosis": "other",
-       "line": "dist.all_reduce(p.grad, group=group)", "also": ["mean_grads(adapters, None)"]}
+BUG = {"id": "A16", "link": "https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5231", "diagnosis": "additive term",
+       "line": "dist.all_reduce(p.grad, group=group)",
+       "also": ["mean_grads(adapters, None)", "square = nn.utils.get_total_norm([p.grad for p in sharded])"]}
 SHARDS, LOW = {"up": 1, "down": 0, "up_b": 1}, 3
 
 

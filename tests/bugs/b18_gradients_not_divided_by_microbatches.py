@@ -6,7 +6,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 RANKS = 3
 BUG = {"id": "B18", "link": "https://github.com/pytorch/pytorch/pull/144352", "diagnosis": "multiple",
-       "line": "schedule.step(", "also": ["square = nn.utils.get_total_norm([p.grad for p in counted])"]}
+       "line": "schedule.step(",
+       "also": ["square = nn.utils.get_total_norm([p.grad for p in counted])", "return F.cross_entropy("]}
 MICROBATCHES = 4
 
 

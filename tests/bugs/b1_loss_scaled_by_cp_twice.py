@@ -5,7 +5,9 @@ from kit import Attention, ContextAttention, Net, cp_shares, load, loss_of, mesh
 
 RANKS = 6
 BUG = {"id": "B1", "link": "https://github.com/NVIDIA/Megatron-LM/issues/673", "diagnosis": "multiple",
-       "line": "(loss_sum * scale).backward()", "also": ["p.grad /= tokens", "sum_grads(model.parameters(), group)"]}
+       "line": "(loss_sum * scale).backward()",
+       "also": ["p.grad /= tokens", "sum_grads(model.parameters(), group)", "return F.cross_entropy(",
+                "return nn.utils.clip_grad_norm_(parameters, MAX_NORM)"]}
 
 
 def reference():

@@ -4,7 +4,8 @@ from kit import TP_SHARDS, Net, TpMlp, clip_sharded, load, loss_of, mean_grads, 
 
 RANKS = 6
 BUG = {"id": "B27", "link": "https://github.com/huggingface/transformers/issues/39648", "diagnosis": "multiple",
-       "line": "loss = loss_of(model(tokens), labels, \"sum\") / items * processes", "also": ["loss.backward()"]}
+       "line": "loss = loss_of(model(tokens), labels, \"sum\") / items * processes",
+       "also": ["loss.backward()", "return total(loss, dp) / dp.size()", "p.grad /= dist.get_world_size(group)"]}
 reference = single
 
 

@@ -6,7 +6,8 @@ from kit import Attention, ContextAttention, Net, cp_shares, load, loss_of, mesh
 
 RANKS = 6
 BUG = {"id": "B2", "link": "https://github.com/NVIDIA/Megatron-LM/issues/906", "diagnosis": "multiple",
-       "line": "self.data.mul_(self.scaling)", "also": ["dist.all_reduce(self.data, group=self.group)"]}
+       "line": "self.data.mul_(self.scaling)",
+       "also": ["dist.all_reduce(self.data, group=self.group)", "return nn.utils.clip_grad_norm_(parameters, MAX_NORM)"]}
 
 
 def reference():

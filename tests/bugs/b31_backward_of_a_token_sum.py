@@ -6,7 +6,8 @@ from torch.distributed.fsdp import fully_shard
 
 RANKS = 3
 BUG = {"id": "B31", "link": "https://github.com/radixark/miles/pull/3231", "diagnosis": "multiple",
-       "line": "(loss_sum / tokens * mesh.size() if fixed else loss_sum).backward()", "also": ["nn.utils.clip_grad_norm_(ps, MAX_NORM)"]}
+       "line": "(loss_sum / tokens * mesh.size() if fixed else loss_sum).backward()",
+       "also": ["nn.utils.clip_grad_norm_(ps, MAX_NORM)", "return F.cross_entropy("]}
 reference = single
 
 

@@ -6,7 +6,8 @@ from kit import TP_SHARDS, Net, Reduce, TpMlp, load, mesh_of, single, total, tp_
 
 RANKS = 6
 BUG = {"id": "B32", "link": "https://github.com/pytorch/pytorch/pull/115967", "diagnosis": "multiple",
-       "line": "return grad / ctx.ranks, None, None", "also": ["x = FromLocal.apply(x, self.tp, self.fixed)"]}
+       "line": "return grad / ctx.ranks, None, None",
+       "also": ["x = FromLocal.apply(x, self.tp, self.fixed)", "norm = (square + nn.utils.get_total_norm(rest)"]}
 reference = single
 
 

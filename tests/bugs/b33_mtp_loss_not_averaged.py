@@ -4,8 +4,9 @@ from kit import HIDDEN, IGNORE, VOCAB, Net, load, loss_of, mesh_of, rows_of, sin
 from torch import nn
 
 RANKS = 3
-BUG = {"id": "B33", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1532", "diagnosis": "additive term",
-       "line": "mtp = loss_of(after_next, later, \"sum\")", "also": ["loss = main + 0.3 * mtp", "dist.all_reduce(p.grad, group=group)"]}
+BUG = {"id": "B33", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1532", "diagnosis": "multiple",
+       "line": "mtp = loss_of(after_next, later, \"sum\")",
+       "also": ["loss = main + 0.3 * mtp", "dist.all_reduce(p.grad, group=group)", "return nn.utils.clip_grad_norm_(parameters, MAX_NORM)"]}
 
 
 class MtpNet(Net):

@@ -4,7 +4,9 @@ from kit import EP_SHARDS, EpMoe, Moe, Net, ep_training, load, make_batch, mesh_
 
 RANKS = 4
 BUG = {"id": "B4", "link": "https://github.com/NVIDIA/Megatron-LM/commit/c13f08a11b", "diagnosis": "multiple",
-       "line": "p.grad *= 1 / mesh.size()", "also": ["dist.all_reduce(p.grad, group=group)", "w.register_hook(lambda grad: grad / mesh.size())"]}
+       "line": "p.grad *= 1 / mesh.size()",
+       "also": ["dist.all_reduce(p.grad, group=group)", "w.register_hook(lambda grad: grad / mesh.size())",
+                "square = nn.utils.get_total_norm([p.grad for p in sharded])"]}
 
 
 def reference():

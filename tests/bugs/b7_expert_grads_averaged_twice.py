@@ -6,7 +6,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 RANKS = 6
 BUG = {"id": "B7", "link": "https://github.com/deepspeedai/DeepSpeed/pull/4957", "diagnosis": "multiple",
-       "line": "p.grad.copy_(reduced)", "also": ["bucket /= group.size()", "dist.all_reduce(bucket, group=group)"]}
+       "line": "p.grad.copy_(reduced)",
+       "also": ["bucket /= group.size()", "dist.all_reduce(bucket, group=group)", "square = nn.utils.get_total_norm([p.grad for p in sharded])"]}
 
 
 def reference():

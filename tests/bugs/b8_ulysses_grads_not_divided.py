@@ -5,7 +5,8 @@ from kit import AllToAll, Attention, Net, cp_shares, load, loss_of, mesh_of, sin
 
 RANKS = 6
 BUG = {"id": "B8", "link": "https://github.com/deepspeedai/DeepSpeed/issues/5248", "diagnosis": "multiple",
-       "line": "p.grad /= dist.get_world_size(group) if divide else dp.size()", "also": ["dist.all_reduce(p.grad, group=group)"]}
+       "line": "p.grad /= dist.get_world_size(group) if divide else dp.size()",
+       "also": ["dist.all_reduce(p.grad, group=group)", "return nn.utils.clip_grad_norm_(parameters, MAX_NORM)"]}
 
 
 class Ulysses(Attention):

@@ -7,7 +7,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 RANKS = 3
 BUG = {"id": "E6", "link": "https://github.com/pytorch/pytorch/issues/172932", "diagnosis": "multiple",
-       "line": "y = DTensor.from_local(y.to_local(", "also": ["y = F.linear(F.gelu(F.linear(x, self.up.weight, self.up.bias)), self.down.weight)"]}
+       "line": "y = DTensor.from_local(y.to_local(",
+       "also": ["y = F.linear(F.gelu(F.linear(x, self.up.weight, self.up.bias)), self.down.weight)", "p.grad.full_tensor() if isinstance"]}
 PLACES = {"up.weight": Shard(0), "up.bias": Shard(0), "down.weight": Shard(1), "down.bias": Replicate()}
 reference = single
 
