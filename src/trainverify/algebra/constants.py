@@ -36,12 +36,17 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A constant that is not exact: canonical content (positive), residues, parity (of the numerator, for the signs of logarithms)."""
+    """A constant that is not exact: canonical content (positive), residues, parity (of the numerator, for the signs of logarithms),
+    the rational that it is, if it is one."""
 
     value: float
     residues: tuple[int, ...]
     odd: bool
-    rational: bool
+    exact: Fraction | None
+
+    @property
+    def rational(self) -> bool:
+        return self.exact is not None
 
 
 def is_short(x: torch.Tensor, bits: int = _SHORT) -> torch.Tensor:
@@ -207,20 +212,20 @@ class Constants:
             rounded = float(np.float32(v))
             if self.parallel and self._holds_data(rounded):
                 return self._known_or_exact(rounded)
-            return self._register(Entry(f.numerator / f.denominator, fraction_residues(f), f.numerator % 2 == 1, True))
+            return self._register(Entry(f.numerator / f.denominator, fraction_residues(f), f.numerator % 2 == 1, f))
         if self.parallel:
             near = [w for w in (_nearest(self._reference, v), _nearest_array(self._reference_data, v)) if w is not None]
             near = [w for w in near if abs(w - v) <= _four_ulp(v) and not (w in self._known and self._known[w].rational)]
             if near:
                 return self._known_or_exact(min(near, key=lambda w: abs(w - v)))
         residues = self._recognise(v) if implied is None else implied
-        entry = self._register(Entry(v, residues or self._atom(v), False, False))
+        entry = self._register(Entry(v, residues or self._atom(v), False, None))
         if scalar:
             self._scalars.append(entry)
         return entry
 
     def _known_or_exact(self, v: float) -> Entry:
-        return self._known.get(v) or Entry(v, fraction_residues(Fraction(v)), False, True)
+        return self._known.get(v) or Entry(v, fraction_residues(Fraction(v)), False, Fraction(v))
 
     def _register(self, entry: Entry) -> Entry:
         if entry.value not in self._known:
@@ -318,6 +323,20 @@ class Constants:
     def _holds_data(self, v: float) -> bool:
         at = int(np.searchsorted(self._reference_data, v))
         return at < len(self._reference_data) and self._reference_data[at] == v
+
+    # ---- meaning
+    def meaning(self, v: float) -> tuple[Fraction, int] | None:
+        """What a settled positive content is: (q, n) for the n-th root of the rational q; None for any other number."""
+        if _is_exact(v):
+            return Fraction(v), 1
+        exact = self._known[v].exact
+        if exact is not None:
+            return exact, 1
+        for root in (2, 4):
+            f = _near_power(v, root, 1 << 26)
+            if f is not None:
+                return f, root
+        return None
 
     # ---- residues
     def residues(self, x: torch.Tensor) -> torch.Tensor:

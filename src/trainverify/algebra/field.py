@@ -20,9 +20,10 @@ from trainverify.algebra.base import Number
 from trainverify.algebra.constants import Constants, Rounding
 from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NEG_INF, P_BAD, POS_INF, Q_BAD, ROOTED, SETTLED, TAINT, Cell, FieldValue, any_of,
                                             both_signs, broadcast, codes, floats, is_dense, is_garbage, joined, spread_dims, sum_signs)
-from trainverify.algebra.hashtable import HashTable
+from trainverify.kernel.hashtable import HashTable
 from trainverify.algebra.maxsets import MaxSets
 from trainverify.algebra.order import Order
+from trainverify.algebra.powers import Powers
 from trainverify.algebra.primes import MOD, MOD_P, MOD_Q, mix, pack_p, pack_q
 from trainverify.algebra.real import FUNCTIONS
 
@@ -32,7 +33,7 @@ _TINY = 2.0 ** -50
 _SMALL = 1024                                 # elements
 
 
-class Field(Order):
+class Field(Order, Powers):
     """One random point: all symbols and hashes derive from the seed. Replay the reference first, then begin_side("parallel")."""
 
     name = "field"
@@ -430,44 +431,12 @@ class Field(Order):
         return self._from_p(primes.sqrt(a.res[:2], primes.P), sp)
 
     def pow(self, a, q: Number):
-        f = Fraction(q) if math.isfinite(q) else None
-        if a.num is not None:
-            return self._fold(a.num.pow(float(q)), lambda: self._pow(a, q, f))
-        return self._pow(a, q, f)
-
-    def _pow(self, a, q: Number, f: Fraction | None):
-        if f is None or f.denominator > 2:
-            return self._opaque("power", a, self.const(q))
-        if f.denominator == 1:
-            return self._whole_power(a, f.numerator)
-        if f > 0:
-            root = self.sqrt(a)
-            return root if f.numerator == 1 else self.mul(self._whole_power(a, f.numerator // 2), root)
-        return self._whole_power(self.inv(self.sqrt(a)), -f.numerator)
-
-    def _whole_power(self, a, n: int):
-        if n < 0:
-            return self.inv(self._whole_power(a, -n))
-        if n == 0:
-            return self.const(1, a.shape)
-        out = None
-        while n:
-            if n & 1:
-                out = a if out is None else self.mul(out, a)
-            n >>= 1
-            if n:
-                a = self.mul(a, a)
-        return out
+        return self._fold(a.num.pow(float(q)), lambda: self._pow(a, q)) if a.num is not None else self._pow(a, q)
 
     def power(self, a, b):
         if a.num is not None and b.num is not None:
             return self._fold(a.num.pow(b.num), lambda: self._opaque("power", a, b))
-        if b.num is not None and b.num.numel() and bool((b.num == b.num.reshape(-1)[0]).all()):
-            out = self.pow(a, b.num.reshape(-1)[0].item())
-            return self.expand(out, broadcast(a.shape, b.shape))
-        if a.num is not None and bool((a.num > 0).all()):
-            return self.exp(self.mul(b, self.log(a)))
-        return self._opaque("power", a, b)
+        return self._power(a, b)
 
     def sin(self, a):
         return self._periodic("sin", torch.sin, a)
@@ -604,6 +573,11 @@ class Field(Order):
             cell.become(self._lifted(cell.value))
         cell.store(offset, size, stride, v)
         return cell
+
+    # ---- guesses
+    def print_of(self, v: FieldValue) -> FieldValue:
+        """v as values are told apart by their residues modulo P."""
+        return self._settle(v) if v.flags & P_BAD else v
 
     # ---- comparison of results
     def equal(self, a, b) -> torch.Tensor:

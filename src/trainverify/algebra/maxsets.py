@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trainverify.algebra.hashtable import HashTable
+from trainverify.kernel.hashtable import HashTable
 from trainverify.algebra.primes import mix
 
 NONE = torch.iinfo(torch.int64).max           # padding; sorts last

@@ -150,12 +150,13 @@ class Template:
     """An obligation whose leaf k stands for position k of a row of identifiers; equal identifiers are one leaf.
 
     groups: positions [nodes, units, places]: the units of a node are subterms that may change places with each other; the
-    nodes of one array do not overlap, and inner ones come first.
+    nodes of one array do not overlap, and inner ones come first. Those of the side with smaller units' numbers stand first, in
+    groups[0]; ties of the other side's are decided by the order that it has then.
     classes: for each position a colour that is the same wherever such an exchange could bring it.
     """
 
     form: Obligation
-    groups: tuple[np.ndarray, ...]
+    groups: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]
     classes: np.ndarray
 
 
@@ -181,7 +182,8 @@ def template(form: Obligation) -> Template:
     shapes: dict[int, int] = {}
     heights: dict[int, int] = {}
     known: dict[tuple, int] = {}
-    batches: dict[tuple[int, int, int], list] = {}
+    batches: dict[tuple[bool, int, int, int], list] = {}
+    right = set(reachable(nodes, [form.rhs]))
     for i in order:
         node = nodes[i]
         private = [a for a in node.args if places[a] is not None and uses[a] == 1]
@@ -195,11 +197,12 @@ def template(form: Obligation) -> Template:
             if node.kind == "dot":
                 for a, b in units:
                     if shapes[a] == shapes[b] and places[a]:
-                        batches.setdefault((heights[i] - 1, 2, len(places[a])), []).append([places[a], places[b]])
+                        batches.setdefault((i in right, heights[i] - 1, 2, len(places[a])), []).append([places[a], places[b]])
             for group in _alike(units, places, shapes):
-                batches.setdefault((heights[i], len(group), len(group[0])), []).append(group)
+                batches.setdefault((i in right, heights[i], len(group), len(group[0])), []).append(group)
     classes = np.array([colours.leaf(leaves[k]) for k in range(len(leaves))], dtype=np.uint64)
-    return Template(form, tuple(np.array(batches[k], dtype=np.int64) for k in sorted(batches)), classes)
+    sides = tuple(tuple(np.array(batches[k], dtype=np.int64) for k in sorted(batches) if k[0] == side) for side in (False, True))
+    return Template(form, tuple(sorted(sides, key=lambda side: max((g.shape[1] for g in side), default=1))), classes)
 
 
 def _alike(units: list[tuple[int, ...]], places: dict[int, tuple[int, ...] | None], shapes: dict[int, int]) -> list[list[list[int]]]:
@@ -213,11 +216,26 @@ def _alike(units: list[tuple[int, ...]], places: dict[int, tuple[int, ...] | Non
 def canonical_rows(t: Template, rows: np.ndarray) -> Named:
     """Rows [n, positions] of identifiers, arranged and named: rows with equal names claim the same up to renaming."""
     rows = np.array(rows, dtype=np.int64)
-    if t.groups and rows.size:
+    first, second = t.groups
+    if rows.size and (first or second):
         colours = _row_colours(t.classes, rows)
-        for group in t.groups:
-            _sort_units(group, rows, colours)
+        for group in first:
+            _sort_units(group, rows, colours, rows)
+        ranks = _ranks(rows, first) if first and second else rows
+        for group in second:
+            _sort_units(group, rows, colours, ranks)
     return Named(rows, rename(rows))
+
+
+def _ranks(rows: np.ndarray, groups: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Identifiers numbered as they occur in the positions of these groups, then elsewhere."""
+    there = np.zeros(rows.shape[1], bool)
+    for group in groups:
+        there[group.reshape(-1)] = True
+    order = np.concatenate([np.flatnonzero(there), np.flatnonzero(~there)])
+    ranks = np.empty_like(rows)
+    ranks[:, order] = rename(rows[:, order])
+    return ranks
 
 
 def instantiate(t: Template, names: np.ndarray) -> Obligation:
@@ -277,14 +295,14 @@ def _spread(x: np.ndarray) -> np.ndarray:
     return (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
 
 
-def _sort_units(group: np.ndarray, rows: np.ndarray, colours: np.ndarray) -> None:
-    """Exchange the units of each node of a group, row by row, into the order of their colours, then of their identifiers."""
+def _sort_units(group: np.ndarray, rows: np.ndarray, colours: np.ndarray, ties: np.ndarray) -> None:
+    """Exchange the units of each node of a group, row by row, into the order of their colours, then of `ties` (which may be `rows`)."""
     weights = _spread(np.arange(1, group.shape[2] + 1, dtype=np.uint64))
-    held, tints = rows[:, group], colours[:, group]
-    keys = [(_spread(tints) * weights).sum(3, dtype=np.uint64), *np.moveaxis(held[..., :TIES], 3, 0)]
+    tints = colours[:, group]
+    keys = [(_spread(tints) * weights).sum(3, dtype=np.uint64), *np.moveaxis(ties[:, group[..., :TIES]], 3, 0)]
     order = np.argsort(keys[-1], 2, kind="stable")
     for key in reversed(keys[:-1]):
         order = np.take_along_axis(order, np.argsort(np.take_along_axis(key, order, 2), 2, kind="stable"), 2)
     flat, order = group.reshape(-1), order[..., None]
-    rows[:, flat] = np.take_along_axis(held, order, 2).reshape(len(rows), -1)
-    colours[:, flat] = np.take_along_axis(tints, order, 2).reshape(len(rows), -1)
+    for a in (rows, colours) if ties is rows else (rows, colours, ties):
+        a[:, flat] = np.take_along_axis(a[:, group], order, 2).reshape(len(rows), -1)

@@ -86,30 +86,36 @@ class Compared:
 class Comparison:
     """Compares the outputs of two replayed programs in every algebra that both were replayed in."""
 
-    def __init__(self, symbols: Symbols, algebras: list[Algebra], reference: World, parallel: World):
+    def __init__(self, symbols: Symbols, algebras: list[Algebra], reference: World, parallel: World, like: Comparison | None = None):
+        """like: a comparison of the same programs whose lineages are to be confirmed here instead of found."""
         self.symbols, self.algebras = symbols, algebras
         self.reference, self.parallel = reference, parallel
         self.every = {m.name: m.symbols("all", 0, symbols.total) for m in algebras}
-        self.ref_lineage = self._lineages(reference)
-        self.lineage = self._lineages(parallel)
+        self.ref_lineage = self._lineages(reference, like and like.ref_lineage)
+        self.lineage = self._lineages(parallel, like and like.lineage)
         self._names = self._names_by_first()
         self.compared: dict[Key, Compared] = {}
         self.surplus: list[Recorded] = []     # parallel outputs that the reference does not have
         self._list_outputs()
 
     # ---- lineage
-    def _lineages(self, world: World) -> dict[tuple[int, str, str], Lineage]:
+    def _lineages(self, world: World, proposed: dict[tuple[int, str, str], Lineage] | None) -> dict[tuple[int, str, str], Lineage]:
         out = {}
         for machine in world.machines:
             for how, name, ref, values in machine.params:
-                out.setdefault((machine.rank, how, name), Lineage(machine.rank, name, self._numbers(values, ref.size)))
+                key = (machine.rank, how, name)
+                if key not in out:
+                    numbers = self._by_tag(values) if proposed is None else proposed[key].numbers.reshape(-1).copy()
+                    out[key] = Lineage(machine.rank, name, self._agreed(numbers, values, ref.size))
         return out
 
-    def _numbers(self, values: dict[str, V], size: tuple[int, ...]) -> np.ndarray:
-        """Symbol numbers by tagged value, kept only where every algebra agrees that it is that symbol."""
+    def _by_tag(self, values: dict[str, V]) -> np.ndarray:
+        """Symbol numbers by tagged value."""
         real = next(m for m in self.algebras if m.name == "real")
-        flat = real.to_float(values["real"]).reshape(-1).numpy()
-        numbers = self.symbols.look_up(flat)
+        return self.symbols.look_up(real.to_float(values["real"]).reshape(-1).numpy())
+
+    def _agreed(self, numbers: np.ndarray, values: dict[str, V], size: tuple[int, ...]) -> np.ndarray:
+        """Symbol numbers, kept only where every algebra agrees that the value is that symbol."""
         hit = np.nonzero(numbers >= 0)[0]
         if len(hit):
             where = torch.from_numpy(hit)

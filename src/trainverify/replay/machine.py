@@ -113,6 +113,13 @@ class Machine:
     def span(self, call: OpCall) -> Span | None:
         return self.trace.spans[call.span] if 0 <= call.span < len(self.trace.spans) else None
 
+    def place(self, m: Algebra, call: OpCall) -> None:
+        """Tell an algebra that keeps places where the replay is."""
+        where = getattr(m, "at", None)
+        if where is not None:
+            span = self.span(call)
+            where(self.rank, call.index, call.span, "" if span is None else span.phase)
+
     def diagnose(self, code: str, message: str, call: OpCall, severity: str = "error", **kw) -> None:
         self.diagnostics.append(Diagnostic(code, message, severity, self.span(call), (self.rank,), **kw))
 
@@ -195,10 +202,7 @@ class Machine:
                 mem.drop(ref.storage)
 
     def _evaluate(self, m: Algebra, call: OpCall, base: str, args, kwargs, results) -> None:
-        where = getattr(m, "at", None)
-        if where is not None:
-            span = self.span(call)
-            where(self.rank, call.index, call.span, "" if span is None else span.phase)
+        self.place(m, call)
         if base in DECIDED:
             return self._leave(m, call, args, results)
         if call.rng:

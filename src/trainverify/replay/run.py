@@ -137,6 +137,7 @@ class World:
             meeting.results[r] = {"native": values}
         for m in self.algebras:
             ins = [meeting.ins[r][m.name] for r in group]
+            self.machines[group[-1]].place(m, meeting.calls[group[-1]])
             if any(not isinstance(v, torch.Tensor) for x in ins for v in x):
                 got = deliver(m, descr, [[m.data(v) if isinstance(v, torch.Tensor) else v for v in x] for x in ins])
                 for r, values in zip(group, got):

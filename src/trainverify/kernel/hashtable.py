@@ -1,4 +1,4 @@
-"""An open-addressing map from 62-bit fingerprints to rows of int64, in batches (numpy; not trusted)."""
+"""An open-addressing map from 62-bit keys to rows of int64, in batches (a wrong answer would be noticed: the store compares rows)."""
 from __future__ import annotations
 
 import numpy as np

@@ -1,0 +1,427 @@
+"""Claims: a row's value is an earlier identifier's, or a rational multiple of it; only what is proved is merged (trusted).
+
+A claim becomes obligations: the definitions of both sides over leaves, for all real values of the leaves. Open nodes (of the
+parallel side, equal to nothing proved) are written out. If an obligation fails, leaves are unfolded, newest first; which
+ones is a matter of success only. Rows of one shape are named canonically, so that equal obligations are proved once.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+
+from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
+from trainverify.kernel.rename import Template, canonical_rows, distinct, instantiate, template
+from trainverify.kernel.shapes import LEAF, Shapes
+from trainverify.kernel.store import I64, Store, _grown, distinct_rows
+from trainverify.kernel.terms import ANY, Obligation, Terms, digest
+
+INLINE = 300                                  # leaves up to which an open node is written out from the start
+LADDER = (300, 2000)                          # leaves that unfolding may reach, in successive attempts
+DEPTH = 24                                    # unfoldings in a row
+DEEPEST = 400                                 # operations above each other that unfolding may reach
+NESTING = 120                                 # operations above each other in a written-out term
+PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
+GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
+CHUNK = 1 << 21                               # leaves that are named at once
+SIMPLE = 1 << 20                              # constants with larger numerators or denominators are leaves
+
+
+class Prints(Protocol):
+    """Fingerprints of the rows of one call (guesses); None: there are none, and nothing is guessed."""
+
+    def of(self, index: np.ndarray) -> np.ndarray | None: ...
+    def divided(self, index: np.ndarray, c: Fraction) -> np.ndarray: ...
+
+
+class Guesses(Protocol):
+    """Proposes what a row may equal. A wrong proposal costs time only."""
+
+    def find(self, prints: np.ndarray) -> np.ndarray: ...
+    def learn(self, prints: np.ndarray, ids: np.ndarray) -> None: ...
+    def scales(self, index: np.ndarray, prints: Prints) -> Iterable[tuple[Fraction, np.ndarray]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows (by index) that are terms of one shape, with their leaves [rows, leaves]."""
+
+    shape: int
+    index: np.ndarray
+    leaves: np.ndarray
+
+
+@dataclass(slots=True)
+class Failure:
+    """A kind of claim that was not proved."""
+
+    origin: int
+    kind: str
+    reason: str
+    rows: int
+    obligation: Obligation | None = None
+
+
+class TooLarge(Exception):
+    """A term would have more leaves than the limit."""
+
+
+class Claims:
+    """Turns rows into identifiers."""
+
+    def __init__(self, store: Store, guesses: Guesses):
+        self.store, self.guesses, self.shapes = store, guesses, Shapes()
+        self.failures: list[Failure] = []
+        self.proofs: dict[str, Proved] = {}                      # by content
+        self.counts: Counter[str] = Counter()
+        self._templates: dict[tuple[int, int, Fraction], Template] = {}
+        self._verdicts: dict[tuple, tuple[Verdict, Obligation]] = {}
+        self._by_content: dict[str, Verdict] = {}
+        self._failed: Counter[tuple[int, int, Fraction]] = Counter()
+        self._shape, self._at, self._count = (np.zeros(0, t) for t in (np.int32, I64, np.int32))
+        self._pool, self._used = np.empty(1024, I64), 0
+        self._constants = 0
+
+    # ---- rows to identifiers
+    def resolve(self, kind: str, attr, rows: np.ndarray, prints: Prints) -> np.ndarray:
+        """Identifiers [n] of rows [n, width]; prints answers for row numbers."""
+        code = self.store.operation(kind, attr, rows.shape[1])
+        ids, new, keys = self.store.known(code, rows)
+        self.counts["rows"] += len(rows)
+        if new.size:
+            first, inverse = distinct_rows(rows[new], keys[new])
+            pick = new[first]
+            ids[new] = self._settled(code, rows[pick], keys[pick], pick, prints)[inverse]
+        return ids
+
+    def _settled(self, code: int, rows: np.ndarray, keys: np.ndarray, index: np.ndarray, prints: Prints) -> np.ndarray:
+        """Identifiers of distinct rows that are not interned."""
+        store, out, marks = self.store, np.full(len(rows), -1, I64), prints.of(index)
+        self.counts["new"] += len(rows)
+        if marks is None:
+            return self._opened(code, rows, keys)
+        reps = self.guesses.find(marks)
+        self._merge(code, rows, keys, out, np.flatnonzero(reps >= 0), reps, Fraction(1))
+        open_ = np.flatnonzero(out < 0)
+        if store.parallel and open_.size:
+            for c, reps in self.guesses.scales(index[open_], prints):
+                full = np.full(len(rows), -1, I64)
+                full[open_] = reps
+                self._merge(code, rows, keys, out, np.flatnonzero((full >= 0) & (out < 0)), full, c)
+            open_ = np.flatnonzero(out < 0)
+        if not store.parallel and open_.size:
+            _, first, inverse = np.unique(marks[open_], return_index=True, return_inverse=True)
+            lead = open_[np.sort(first)]
+            out[lead] = store.define(code, rows[lead], keys[lead])
+            self.guesses.learn(marks[lead], out[lead])
+            twins = np.setdiff1d(open_, lead)                  # equal to an earlier row of this very call, perhaps
+            if twins.size:
+                reps = np.full(len(rows), -1, I64)
+                reps[open_] = out[open_[first]][inverse.reshape(-1)]
+                self._merge(code, rows, keys, out, twins, reps, Fraction(1))
+            open_ = np.flatnonzero(out < 0)
+        if open_.size:
+            out[open_] = self._opened(code, rows[open_], keys[open_])
+        return out
+
+    def _opened(self, code: int, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """New identifiers of rows that are nothing known."""
+        ids = self.store.define(code, rows, keys)
+        if self.store.parallel:
+            self._write_out(code, rows, ids)
+        return ids
+
+    def _merge(self, code: int, rows, keys, out: np.ndarray, at: np.ndarray, reps: np.ndarray, c: Fraction) -> None:
+        """Prove the claims rows[at] = c * reps[at]; out gets the identifiers of those that are."""
+        if not at.size:
+            return
+        proved = self.claim(code, rows[at], reps[at], c)
+        at = at[proved]
+        if at.size:
+            out[at] = reps[at] if c == 1 else self.multiples(c, reps[at])
+            self.store.identify(code, rows[at], keys[at], out[at])
+
+    def multiples(self, c: Fraction, ids: np.ndarray) -> np.ndarray:
+        """Identifiers of c * id."""
+        store = self.store
+        rows = np.sort(np.stack([np.full(len(ids), store.constant(c)), ids], 1), 1)
+        code = store.operation("mul", None, 2)
+        out, new, keys = store.known(code, rows)
+        if new.size:
+            first, inverse = distinct_rows(rows[new], keys[new])
+            pick = new[first]
+            out[new] = self._opened(code, rows[pick], keys[pick])[inverse]
+        return out
+
+    # ---- terms over leaves
+    def _sync(self) -> None:
+        """The arrays of shapes cover all identifiers, and constants are shapes of their own."""
+        store, n = self.store, self.store.n
+        if n > len(self._shape):
+            old, room = len(self._shape), max(n, 2 * len(self._shape))
+            self._shape, self._at, self._count = (_grown(a, room) for a in (self._shape, self._at, self._count))
+            self._shape[old:] = LEAF
+        if len(store.constants) > self._constants:
+            for i, q in list(store.constants.items())[self._constants:]:
+                if abs(q.numerator) < SIMPLE and q.denominator < SIMPLE:
+                    self._shape[i], self._count[i] = self.shapes.constant(q), 0
+            self._constants = len(store.constants)
+
+    def _write_out(self, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Remember the terms of open nodes; those that are too large stay leaves."""
+        try:
+            groups = self.expand(code, rows, INLINE)
+        except TooLarge:
+            return
+        self._sync()
+        for g in groups:
+            if self.shapes.depth[g.shape] > NESTING:
+                continue
+            width, to = g.leaves.shape[1], ids[g.index]
+            need = self._used + g.leaves.size
+            if need > len(self._pool):
+                self._pool = _grown(self._pool, max(need, 2 * len(self._pool)))
+            self._pool[self._used:need] = g.leaves.reshape(-1)
+            self._shape[to], self._count[to] = g.shape, width
+            self._at[to] = self._used + np.arange(len(to)) * width
+            self._used = need
+
+    def expand(self, code: int, rows: np.ndarray, limit: int) -> list[Group]:
+        """The terms of rows, open operands written out. Raises TooLarge."""
+        self._sync()
+        (kind, attr), _ = self.store.ops[code]
+        operands = self.store.operands(code, rows)
+        attr = None if kind == "dot" else attr
+        shapes = self._shape[operands]
+        if not shapes.any():
+            shape = self.shapes.intern(kind, attr, (LEAF,) * operands.shape[1])
+            self._check(shape, limit)
+            return [Group(shape, np.arange(len(rows)), operands)]
+        first, inverse = distinct(shapes.astype(I64))
+        out = []
+        for g, i in enumerate(first):
+            index = np.flatnonzero(inverse == g)
+            shape = self.shapes.intern(kind, attr, tuple(shapes[i].tolist()))
+            self._check(shape, limit)
+            out.append(Group(shape, index, self._leaves(operands[index], shapes[i])))
+        return out
+
+    def _check(self, shape: int, limit: int) -> None:
+        if self.shapes.leaves[shape] > limit or self.shapes.depth[shape] > DEEPEST:
+            raise TooLarge(f"{self.shapes.leaves[shape]} leaves, {self.shapes.depth[shape]} operations deep")
+
+    def _leaves(self, operands: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+        """Leaves of rows whose operands have these shapes."""
+        columns = []
+        for j, shape in enumerate(shapes.tolist()):
+            column, width = operands[:, j], self.shapes.leaves[shape]
+            if shape == LEAF:
+                columns.append(column[:, None])
+            elif width:
+                columns.append(self._pool[self._at[column][:, None] + np.arange(width)])
+        return np.concatenate(columns, 1) if columns else np.zeros((len(operands), 0), I64)
+
+    def _definitions(self, ids: np.ndarray, limit: int) -> list[Group]:
+        """The terms that define identifiers, one operation deep (open operands written out)."""
+        codes = self.store.code[ids]
+        out = []
+        for code in np.unique(codes).tolist():
+            index = np.flatnonzero(codes == code)
+            if not code:                      # rational numbers
+                shapes = self._shape[ids[index]]
+                out += [Group(s, index[shapes == s], np.zeros((int((shapes == s).sum()), 0), I64)) for s in np.unique(shapes).tolist()]
+                continue
+            rows = self.store.definition(ids[index], code)
+            out += [Group(g.shape, index[g.index], g.leaves) for g in self.expand(code, rows, limit)]
+        return out
+
+    # ---- proving
+    def claim(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction) -> np.ndarray:
+        """Which rows are proved to be c times the identifiers reps."""
+        self.counts["claims"] += len(rows)
+        ok = np.zeros(len(rows), bool)
+        self._sync()
+        simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
+        defined = np.flatnonzero((self.store.code[reps] > 0) | simple)
+        for limit in LADDER:
+            left = defined[~ok[defined]]
+            if not left.size:
+                break
+            try:
+                self._too_large = False
+                right, below = self.expand(code, rows[left], limit), self._definitions(reps[left], limit)
+                for ref, par, pick in _pairs(below, right, len(left)):
+                    ok[left[pick]] = self._settle(ref, par, c, limit, 0)
+            except TooLarge:
+                self._too_large = True
+            if not self._too_large:
+                break
+        return ok
+
+    def _settle(self, ref: Group, par: Group, c: Fraction, limit: int, depth: int) -> np.ndarray:
+        """Which of the rows (aligned: ref.leaves[i] belongs to par.leaves[i]) are proved."""
+        key, n = (ref.shape, par.shape, c), len(ref.leaves)
+        ok = np.zeros(n, bool)
+        if not depth and self._failed[key] >= GIVE_UP:
+            self.counts["skipped"] += n
+            return ok
+        split = ref.leaves.shape[1]
+        rows = np.concatenate([ref.leaves, par.leaves], 1)
+        good = np.flatnonzero(self.store.clean[rows].all(1))
+        step = max(1, CHUNK // max(1, rows.shape[1]))
+        for start in range(0, len(good), step):
+            at = good[start:start + step]
+            ok[at] = self._settle_rows(key, rows[at], split, limit, depth)
+        if not depth:
+            self._failed[key] += -1000 if ok.any() else 1
+        return ok
+
+    def _settle_rows(self, key: tuple[int, int, Fraction], rows: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
+        t = self._template(key)
+        named = canonical_rows(t, rows)
+        partial = self.shapes.partial[key[0]] or self.shapes.partial[key[1]]
+        names = np.concatenate([named.names, self.store.sign[named.rows]], 1) if partial else named.names
+        first, kind = distinct(names)
+        ok = np.zeros(len(rows), bool)
+        width = rows.shape[1]
+        for g, i in enumerate(first):
+            index = np.flatnonzero(kind == g)
+            verdict, obligation = self._decide(key, t, named.names[i], names[i, width:] if partial else None)
+            if isinstance(verdict, Proved):
+                ok[index] = True
+                self.counts[f"proved {verdict.how}"] += len(index)
+            elif isinstance(verdict, Refuted) or verdict.reason == "definedness":
+                ok[index] = self._unfold(key, named.rows[index], named.names[i], split, limit, depth, obligation)
+            else:
+                self._fail(key, verdict.reason, len(index), obligation)
+        return ok
+
+    def _template(self, key: tuple[int, int, Fraction]) -> Template:
+        if key not in self._templates:
+            ref, par, c = key
+            terms, positions = Terms(), count()
+            lhs = self.shapes.term(terms, ref, positions)
+            if c != 1:
+                lhs = terms.add("scl", c, (lhs,))
+            rhs = self.shapes.term(terms, par, positions)
+            self._templates[key] = template(terms.obligation(lhs, rhs))
+        return self._templates[key]
+
+    def _decide(self, key, t: Template, names: np.ndarray, signs: np.ndarray | None) -> tuple[Verdict, Obligation]:
+        at = (key, names.tobytes(), None if signs is None else signs.tobytes())
+        if at not in self._verdicts:
+            obligation = instantiate(t, names)
+            if signs is not None:
+                obligation = _with_signs(obligation, names, signs)
+            content = digest(obligation)
+            if content not in self._by_content:
+                verdict = self._by_content[content] = prove(obligation)
+                self.counts["obligations"] += 1
+                if isinstance(verdict, Proved):
+                    self.proofs[content] = verdict
+            self._verdicts[at] = self._by_content[content], obligation
+        return self._verdicts[at]
+
+    def _fail(self, key, reason: str, rows: int, obligation: Obligation | None) -> None:
+        self.failures.append(Failure(self.store.now, self.shapes.nodes[key[1]][0], reason, rows, obligation))
+
+    # ---- unfolding (which leaves: only a matter of success)
+    def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> np.ndarray:
+        """Replace some leaves by their definitions and settle what results."""
+        if len(rows) > 4 * PILOT:
+            pilot = self._unfold(key, rows[:PILOT], names, split, limit, depth, obligation)
+            if not pilot.any():
+                return np.zeros(len(rows), bool)
+        none = np.zeros(len(rows), bool)
+        if depth >= DEPTH:
+            self._fail(key, "depth", len(rows), obligation)
+            return none
+        chosen = self._choice(rows[0], names, split)
+        if not chosen:
+            self._fail(key, "not equal", len(rows), obligation)
+            return none
+        hit = np.flatnonzero(np.isin(names, list(chosen)))
+        try:
+            ref = self._unfolded(key[0], rows[:, :split], hit[hit < split], limit)
+            par = self._unfolded(key[1], rows[:, split:], hit[hit >= split] - split, limit)
+        except TooLarge:
+            self._too_large = True
+            self._fail(key, "size", len(rows), obligation)
+            return none
+        ok = none
+        for a, b, pick in _pairs(ref, par, len(rows)):
+            ok[pick] = self._settle(a, b, key[2], limit, depth + 1)
+        return ok
+
+    def _choice(self, ids: np.ndarray, names: np.ndarray, split: int) -> set[int]:
+        """Names of the newest leaf that one side alone has (or whose definition mentions such a leaf), and of all of the same call."""
+        store = self.store
+        by_name = dict(zip(names.tolist(), ids.tolist()))
+        left, right = set(names[:split].tolist()), set(names[split:].tolist())
+        open_ = {n for n in by_name if store.code[by_name[n]] > 0}
+        alone = left ^ right
+        candidates = open_ & alone
+        if candidates:
+            strangers = {by_name[n] for n in alone}
+            candidates |= {n for n in open_ & left & right if strangers.intersection(self._operands(by_name[n]))}
+        else:
+            candidates = open_
+        if not candidates:
+            return set()
+        newest = by_name[max(candidates, key=by_name.__getitem__)]
+        origin, code = store.origin[newest], store.code[newest]
+        return {n for n in candidates if store.origin[by_name[n]] == origin and store.code[by_name[n]] == code}
+
+    def _operands(self, i: int) -> Sequence[int]:
+        code = int(self.store.code[i])
+        return self.store.operands(code, self.store.definition(np.array([i]), code))[0].tolist()
+
+    def _unfolded(self, shape: int, leaves: np.ndarray, positions: np.ndarray, limit: int) -> list[Group]:
+        """Rows of one shape with the leaves at these positions replaced by their definitions."""
+        n = len(leaves)
+        if not positions.size:
+            return [Group(shape, np.arange(n), leaves)]
+        found, codes = [], np.zeros((n, len(positions)), I64)
+        for j, p in enumerate(positions.tolist()):
+            groups = self._definitions(leaves[:, p], limit)
+            place = np.zeros(n, I64)
+            for k, g in enumerate(groups):
+                codes[g.index, j], place[g.index] = k, np.arange(len(g.index))
+            found.append((p, groups, place))
+        first, kind = distinct(codes)
+        out = []
+        for k, i in enumerate(first):
+            index = np.flatnonzero(kind == k)
+            used = [(p, groups[codes[i, j]], place[index]) for j, (p, groups, place) in enumerate(found)]
+            new = self.shapes.replace(shape, {p: g.shape for p, g, _ in used})
+            self._check(new, limit)
+            columns, last = [], 0
+            for p, g, place in used:
+                columns += [leaves[index, last:p], g.leaves[place]]
+                last = p + 1
+            out.append(Group(new, index, np.concatenate([*columns, leaves[index, last:]], 1)))
+        return out
+
+
+def _pairs(ref: list[Group], par: list[Group], n: int) -> Iterable[tuple[Group, Group, np.ndarray]]:
+    """Groups of both sides over the same n rows, cut to what they have in common: (ref, par, row numbers)."""
+    for a in ref:
+        for b in par:
+            if len(a.index) == n and len(b.index) == n:
+                yield a, b, a.index
+                continue
+            common, i, j = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
+            if len(common):
+                yield Group(a.shape, common, a.leaves[i]), Group(b.shape, common, b.leaves[j]), common
+
+
+def _with_signs(obligation: Obligation, names: np.ndarray, signs: np.ndarray) -> Obligation:
+    """The obligation for leaves of which signs are known."""
+    known = {int(n): int(s) for n, s in zip(names, signs) if s != ANY}
+    given = tuple((i, known[node.attr]) for i, node in enumerate(obligation.nodes) if node.kind == "leaf" and node.attr in known)
+    return replace(obligation, given=given)
