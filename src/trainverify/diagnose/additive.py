@@ -58,8 +58,8 @@ class Sums:
         usual = [f for f in factors if f != 0]
         if 0 in factors and len(set(usual)) == 1:
             extra = [t for t, f in zip(shares.terms, factors) if f == 0]
-            places = ", ".join(dict.fromkeys(self._place(t.node) for t in extra))
-            return Relation("additive term", "REL014", f"parallel = reference + a term made at {places}", detail=f"a term too many: made at {places}")
+            places = ", ".join(dict.fromkeys(self._when(t.node, c.key[2]) + self._place(t.node) for t in extra))
+            return Relation("additive term", "REL014", f"parallel = reference + a term made {places}", detail=f"a term too many: made {places}")
         labels = tuple((label, f) for its, f in zip(shares.labels, factors) for label in its)
         return Relation("reweighted", "REL013", self._weights_text(shares, here, due), ratio=labels)
 
@@ -208,6 +208,10 @@ class Sums:
                     if len(held) >= len(counts) and counts[0] in held and np.isin(counts, held).all():
                         return _additive(sign, "the value made at " + self._place(node))
         return None
+
+    def _when(self, node, step: int) -> str:
+        span = self.watch.flow.span(node)
+        return f"in step {span.step} at " if span is not None and 0 < span.step < step else "at "
 
     def _place(self, node) -> str:
         span = self.watch.flow.span(node)

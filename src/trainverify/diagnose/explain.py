@@ -10,12 +10,14 @@ from trainverify.diagnose import decisions
 from trainverify.diagnose.additive import Sums
 from trainverify.diagnose.dataflow import Node
 from trainverify.diagnose.evidence import witnesses
-from trainverify.diagnose.findings import Writer
+from trainverify.diagnose.findings import Writer, unsure
 from trainverify.diagnose.origin import Origin, Search, rank_origins
 from trainverify.diagnose.relation import OTHER, Relation, Relations
 from trainverify.diagnose.watch import Watch
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.verdict import Judgement
+from trainverify.ir.trace import TensorRef
+from trainverify.relate.compare import Piece
 from trainverify.report.model import Finding
 
 ORDER = {"gradient": 0, "scalar": 1, "parameter": 2, "buffer": 3, "state": 4}
@@ -114,11 +116,15 @@ class Diagnosis:
                 ref, before = _read_ref(p.recorded), p.recorded.call.index
                 if ref is None or not (p.wrong("field") or p.undefined()):
                     continue
-                stage = self.watch.unclipped("parallel", (p.rank, before))
-                if stage is not None and id(p.recorded) in raw and raw[id(p.recorded)].wrong("field"):
-                    ref, before = stage.term.ref, stage.before
+                if id(p.recorded) in raw and raw[id(p.recorded)].wrong("field"):
+                    ref, before = self._before_clipping(p)
                 out.append((j.key, p.rank, ref, before))
         return out
+
+    def _before_clipping(self, p: Piece) -> tuple[TensorRef, int]:
+        """The region of a piece, and the call before which it holds what has not been clipped yet."""
+        stage = self.watch.unclipped("parallel", (p.rank, p.recorded.call.index))
+        return (p.recorded.ref, p.recorded.call.index) if stage is None else (stage.term.ref, stage.before)
 
     def _mark(self):
         """What to follow upwards: values that are not a number or uninitialised, or (None) values that are not the reference's."""
@@ -136,13 +142,13 @@ class Diagnosis:
             if known is not None:
                 self.explained.update(dict.fromkeys(fresh, known))
                 continue
-            relation = self._relation(fresh)
+            relation = self._relation(fresh) if self.sure else unsure([self.by_key[k] for k in fresh])
             self.sources.append(set(origin.nodes))
             late = self._late(origin, relation, fresh)
             self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late), relation, fresh)
         if not self.findings:
             keys = [j.key for j in self.first]
-            relation = self._relation(keys)
+            relation = self._relation(keys) if self.sure else unsure(self.first)
             self._add(self.writer.bare(relation, self.first), relation, keys)
 
     def _late(self, origin: Origin, relation: Relation, keys: list) -> list[Node]:
@@ -150,9 +156,9 @@ class Diagnosis:
         missing is missing afterwards: the last writers of the wrong ones, else []."""
         if relation.kind != "multiple":
             return []
-        right = [(p.rank, p.recorded) for k, c in self.watched.comparison.compared.items() if k[0] == "gradient" and k[2] == self.step
+        right = [p for k, c in self.watched.comparison.compared.items() if k[0] == "gradient" and k[2] == self.step
                  and (k not in self.by_key or k in self.raw and not any(p.wrong("field") for p in self.raw[k].pieces)) for p in c.pieces[:1]]
-        ends = [n for rank, rec in right[:4] if rec.ref is not None for n in self.flow.writer(rank, rec.ref, rec.call.index)[:1]]
+        ends = [n for p in right[:4] if p.recorded.ref is not None for n in self.flow.writer(p.rank, *self._before_clipping(p))[:1]]
         if not decisions.above(self.flow, ends, set(origin.nodes)):
             return []
         return [n for key, rank, ref, before in self._starts() if key in keys and rank == origin.node[0] and not hasattr(ref, "id")
@@ -182,11 +188,9 @@ class Diagnosis:
         return bool(spans) and all(s is not None and s.step > self.step for s in spans)
 
     def _decided(self, places: list[decisions.Place]) -> None:
-        """An unmatched decision of right values above a finding's operation is its cause: it is told first, as the finding."""
+        """An unmatched decision above a finding's operation, itself of values that no finding explains, is its cause: it is told first."""
         for place in places:
-            if not self.sources or not place.nodes or any(self.search.wrong_inputs(n) for n in place.first):
-                continue
-            if decisions.above(self.flow, sorted(self.sources[0]), set(place.first)):
+            if self.sources and place.nodes and decisions.above(self.flow, sorted(self.sources[0]), set(place.first)):
                 old = self.findings[0]
                 span = old.diagnostic.span
                 self.findings[0] = msgspec.structs.replace(

@@ -19,6 +19,12 @@ THROUGH = SUMS | SAME | COPIED | {"t", "transpose", "permute", "select", "slice"
 MOST_HOPS, MOST_PLACES = 12, 4
 
 
+def unsure(judgements: list[Judgement]) -> Relation:
+    """What is said of outputs that differ without a witness."""
+    code = judgements[0].code
+    return Relation("uninitialised" if code == "REL009" else "other", code)
+
+
 class Writer:
     def __init__(self, flow: Dataflow, search: Search, relations: Relations):
         self.flow, self.search, self.relations, self.names = flow, search, relations, relations.names
@@ -26,11 +32,9 @@ class Writer:
     def at_origin(self, origin: Origin, relation: Relation, judgements: list[Judgement], late: list[Node] = ()) -> Finding:
         """A finding for an operation where a difference arises; `late`: the calls after which something is missing, where that is known."""
         sure = any(j.wrong for j in judgements)
-        if not sure:
-            relation = Relation("uninitialised" if judgements[0].code == "REL009" else "other", judgements[0].code)
-        elif all(w.nan for j in judgements for w in j.wrong):
+        if sure and all(w.nan for j in judgements for w in j.wrong):
             relation = Relation("other", "REL010", "parallel is not a number where the reference is")
-        elif relation.kind == "other":
+        elif sure and relation.kind == "other":
             relation = self._at(origin) or OTHER
         node = origin.node
         brought = self._constants(origin, relation) if relation.kind in ("other", "reweighted", "multiple") else []
@@ -58,7 +62,8 @@ class Writer:
         own = [self.flow.span(n) for j in judgements[:4] for w in j.wrong[:1] if isinstance(w.piece.recorded.ref, TensorRef)
                for n in self.flow.writer(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)[:1]]
         places = self._places([*writers, *own, *self._used_at(judgements)], None)
-        return Finding(Diagnostic(relation.code, self._message(relation, judgements), "error", places[0] if places else None, tuple(sorted(wrong))),
+        severity = "error" if any(j.wrong for j in judgements) else "warning"
+        return Finding(Diagnostic(relation.code, self._message(relation, judgements), severity, places[0] if places else None, tuple(sorted(wrong))),
                        "", (), places[1:], relation.text, (), len(judgements), witnesses(judgements), relation.kind)
 
     def _modules(self, origin: Origin, place: Node) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.diagnose.watch import CONSTANT, GOOD, OPEN, Watch
 from trainverify.ir.trace import ScalarRef, TensorRef
 
+ALLOCATES = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted"}
 NEAR = 8                                      # calls between a communication and an operation that works on what it brought
 
 
@@ -75,9 +76,6 @@ class Search:
                 stack += [p for p in self.flow.producers(node) if self.status(p) not in (GOOD, CONSTANT)]
         return seen
 
-    def wrong_inputs(self, node: Node) -> bool:
-        return any(self.status(p) not in (GOOD, CONSTANT) for p in self.flow.producers(node))
-
     def through(self, node: Node) -> Node | None:
         """The nearest communication above a call whose operands are right, within a few calls and within its phase."""
         span = self.flow.span(node)
@@ -100,7 +98,7 @@ class Search:
     def _is_marked(self, node: Node, marked: set[Node]) -> bool:
         """A receive and a tracked scalar are marked as what they were made from."""
         if self.flow.sender(node) is None and not isinstance(self.flow.call(node).outs, ScalarRef):
-            return node in marked
+            return node in marked or marked is self.watch.garbage and self.flow.call(node).name.split(".")[1] in ALLOCATES
         return any(self._is_marked(p, marked) for p in self.flow.producers(node))
 
     def _walk(self, starts: list[Node], bad, seen: set[Node] | None = None) -> set[Node]:

@@ -71,7 +71,9 @@ class Names:
 
 
 def names_of(program: Program) -> Names:
-    groups = {g.ranks: g.axis for t in program.traces for g in t.groups if len(g.ranks) > 1}
+    groups: dict[tuple[int, ...], str] = {}
+    for g in (g for t in program.traces for g in t.groups if len(g.ranks) > 1):
+        groups[g.ranks] = g.axis or groups.get(g.ranks, "")
     return Names(groups, len(program.traces), max((_backwards(t.ops) for t in program.traces), default=1))
 
 
