@@ -5,7 +5,7 @@ from kit import HIDDEN, LENGTH, ROWS, TP_SHARDS, Net, SequenceNet, TpMlp, finali
 from kit import clip_sharded, sharded, total, training, valid
 from torch import nn
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "A20", "link": "https://github.com/NVIDIA/Megatron-LM/commit/1674ce30b8", "diagnosis": "partial sum",
        "line": "return self.norm(self.project(patches))", "also": ["sum_grads(model.parameters(), dp)", "rest = [p.grad"]}
 PIXELS = 7
@@ -45,7 +45,7 @@ def reference():
 
 
 def parallel(ref, fixed=False):
-    mesh = mesh_of(dp=2, tp=2)
+    mesh = mesh_of(dp=3, tp=2)
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     model = load(with_encoder(SequenceNet)(tp, mlp=lambda: TpMlp(tp, sequence=True)), ref.weights, tp, TP_SHARDS)
     mark(*model.norm.parameters(), *model.layers[0].norm2.parameters(), model.layers[0].mlp.down.bias, model.embed.weight)

@@ -3,7 +3,7 @@ model that changed to RMSNorm lost the sum of its norms' gradients over the tens
 from kit import TP_SHARDS, Net, SequenceNet, TpMlp, finalize, load, mark, mesh_of, single, tp_training
 from torch import nn
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "A3", "link": "https://github.com/NVIDIA/Megatron-LM/commit/20b7a5489d", "diagnosis": "partial sum",
        "line": "return x + self.mlp(self.norm2(x))", "also": ["x = self.norm(self.hidden(", "sum_grads(model.parameters(), dp)", "rest = [p.grad"]}
 
@@ -25,7 +25,7 @@ class MarkedRMSNorm(nn.RMSNorm):
 
 
 def parallel(ref, fixed=False, kind="rms"):
-    mesh = mesh_of(dp=2, tp=2)
+    mesh = mesh_of(dp=3, tp=2)
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     norms = {"layer": MarkedLayerNorm, "rms": MarkedRMSNorm if fixed else nn.RMSNorm}
     model = load(SequenceNet(tp, mlp=lambda: TpMlp(tp, sequence=True), norm=norms[kind]), ref.weights, tp, TP_SHARDS)

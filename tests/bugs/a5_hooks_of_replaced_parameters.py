@@ -5,7 +5,7 @@ import torch.distributed as dist
 from kit import TP_SHARDS, SequenceNet, TpMlp, load, mesh_of, replicated, single, tp_training
 from torch import nn
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "A5", "link": "https://github.com/EleutherAI/gpt-neox/pull/1257", "diagnosis": "partial sum",
        "line": "x = self.norm(self.hidden(", "also": ["self.mlp(self.norm2(x))", "sum_grads(model.parameters(), dp)", "rest = [p.grad"]}
 reference = single
@@ -29,7 +29,7 @@ def initialize(model):
 
 
 def parallel(ref, fixed=False):
-    mesh = mesh_of(dp=2, tp=2)
+    mesh = mesh_of(dp=3, tp=2)
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     model = load(SequenceNet(tp, mlp=lambda: TpMlp(tp, sequence=True)), ref.weights, tp, TP_SHARDS)
     if not fixed:

@@ -2,7 +2,7 @@
 ranks itself, by a hook, and the buckets of data parallelism scaled them again."""
 from kit import EP_SHARDS, EpMoe, Moe, Net, ep_training, load, make_batch, mesh_of, single, sum_grads
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "B4", "link": "https://github.com/NVIDIA/Megatron-LM/commit/c13f08a11b", "diagnosis": "multiple",
        "line": "p.grad *= 1 / mesh.size()",
        "also": ["dist.all_reduce(p.grad, group=group)", "w.register_hook(lambda grad: grad / mesh.size())",
@@ -10,11 +10,11 @@ BUG = {"id": "B4", "link": "https://github.com/NVIDIA/Megatron-LM/commit/c13f08a
 
 
 def reference():
-    return single(lambda: Net(mlp=Moe), batch=make_batch(8, 10))
+    return single(lambda: Net(mlp=Moe), batch=make_batch(12, 10))
 
 
 def parallel(ref, fixed=False):
-    mesh = mesh_of(edp=2, ep=2)
+    mesh = mesh_of(edp=3, ep=2)
     edp, ep = mesh.get_group("edp"), mesh.get_group("ep")
     model = load(Net(mlp=lambda: EpMoe(ep)), ref.weights, ep, EP_SHARDS)
     moe = model.layers[0].mlp

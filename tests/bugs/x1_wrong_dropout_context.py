@@ -6,7 +6,7 @@ import torch
 from kit import TP_SHARDS, SequenceNet, TpMlp, finalize, load, mark, mesh_of, replicated, single, tp_training
 from torch import nn
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "X1", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1256", "control": True}
 reference = single
 
@@ -39,7 +39,7 @@ class DropoutNet(SequenceNet):
 
 
 def parallel(ref, fixed=False):
-    mesh = mesh_of(dp=2, tp=2)
+    mesh = mesh_of(dp=3, tp=2)
     dp, tp = mesh.get_group("dp"), mesh.get_group("tp")
     DropoutNet.fixed = fixed
     model = load(DropoutNet(tp, mlp=lambda: TpMlp(tp, sequence=True)), ref.weights, tp, TP_SHARDS)
