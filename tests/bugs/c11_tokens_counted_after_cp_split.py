@@ -5,7 +5,7 @@ import torch
 from kit import Net, load, loss_of, mesh_of, part, rows_of, single, sum_grads, total, training, valid
 
 RANKS = 6
-BUG = {"id": "C11", "link": "https://github.com/pytorch/torchtitan/pull/3257", "diagnosis": "reweighted",
+BUG = {"id": "C11", "link": "https://github.com/pytorch/torchtitan/pull/3257", "diagnosis": "multiple",
        "line": "counted = labels", "also": ["val_loss = total(", "ntokens = total("]}
 
 

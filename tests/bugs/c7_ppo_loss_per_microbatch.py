@@ -7,7 +7,7 @@ from kit import IGNORE, Net, load, make_batch, mean_grads, single, total, traini
 
 RANKS = 3
 BUG = {"id": "C7", "link": "https://github.com/PKU-Alignment/safe-rlhf/issues/153", "diagnosis": "reweighted",
-       "line": "return torch.sum(losses * mask) / mask.sum()", "also": ["loss.backward()"]}
+       "missed": ["diagnosis"], "line": "return torch.sum(losses * mask) / mask.sum()", "also": ["loss.backward()"]}
 CLIP = 0.2
 
 

@@ -48,8 +48,10 @@ class Zero:
         bit16 = list(flat.chunk(g.group.size()))
         bit16[partition].copy_(fp32)
         dist.all_gather(bit16, bit16[g.group.rank()].clone(), group=g.group)
-        for p, updated in zip(g.parameters, flat.split([p.numel() for p in g.parameters] + [len(flat) - sum(p.numel() for p in g.parameters)])):
-            p.data.copy_(updated.view_as(p))
+        at = 0
+        for p in g.parameters:
+            p.data.copy_(flat[at:at + p.numel()].view_as(p))
+            at += p.numel()
 
     def zero_grad(self):
         for g in self.groups:

@@ -2,7 +2,8 @@
 experts were allocated one by one, outside of these buffers, so no shard holds them and the experts are never updated."""
 import torch
 import torch.distributed as dist
-from kit import EP_SHARDS, EpMoe, Moe, Net, adamw, clip_sharded, load, loss_of, make_batch, mesh_of, rows_of, sharded, single, total, training, valid
+from kit import (EP_SHARDS, EpMoe, Moe, Net, adamw, clip_sharded, load, loss_of, make_batch, mesh_of, rows_of, sharded, single, total, training,
+                 valid)
 
 RANKS = 4
 BUG = {"id": "D15", "link": "https://github.com/NVIDIA/Megatron-LM/issues/565", "diagnosis": "never updated",

@@ -6,7 +6,8 @@ from kit import MAX_NORM, TP_SHARDS, Net, TpMlp, adamw, load, loss_of, mesh_of, 
 
 RANKS = 6
 BUG = {"id": "D1", "link": "https://github.com/deepspeedai/DeepSpeed/pull/1801", "diagnosis": "other tensor",
-       "line": "clipped = self.grads_for_norm()", "also": ["lp.data.copy_(hp.data)", "self.optimizer.step()", "torch._foreach_mul_(clipped"]}
+       "missed": ["diagnosis"], "line": "clipped = self.grads_for_norm()",
+       "also": ["lp.data.copy_(hp.data)", "self.optimizer.step()", "torch._foreach_mul_(clipped"]}
 reference = single
 
 

@@ -2,11 +2,12 @@
 because the other ranks hold copies. Experts spread over these ranks without being cut (expert tensor parallelism of 1) are not
 copies: all but those of rank 0 were missing, and clipping was too weak."""
 import torch
-from kit import EP_SHARDS, EXPERTS, MAX_NORM, Copy, Moe, Net, Reduce, load, loss_of, mesh_of, rows_of, sharded, single, sum_grads, total, training, valid
+from kit import (EP_SHARDS, EXPERTS, MAX_NORM, Copy, Moe, Net, Reduce, load, loss_of, mesh_of, rows_of, sharded, single, sum_grads, total,
+                 training, valid)
 
 RANKS = 6
 BUG = {"id": "D22", "link": "https://github.com/NVIDIA/Megatron-LM/pull/5916", "diagnosis": "additive term",
-       "line": "squares = [", "also": ["norm = total(", "torch._foreach_mul_("]}
+       "missed": ["diagnosis"], "line": "squares = [", "also": ["norm = total(", "torch._foreach_mul_("]}
 
 
 def reference():

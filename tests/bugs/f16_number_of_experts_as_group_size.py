@@ -2,12 +2,14 @@
 there are more experts than ranks no group is made, the layer finds None and talks to all ranks: every replica's expert answers
 for the same tokens, and the answers are added up."""
 import torch.distributed as dist
-from kit import EP_SHARDS, EXPERTS, Gather, Moe, Net, ReduceScatter, clip_sharded, load, loss_of, make_batch, rows_of, sharded, single, total, training, valid
+from kit import (EP_SHARDS, EXPERTS, Gather, Moe, Net, ReduceScatter, clip_sharded, load, loss_of, make_batch, rows_of, sharded, single, total,
+                 training, valid)
 
 RANKS = 4
 EP_SIZE = 2
 BUG = {"id": "F16", "link": "https://github.com/deepspeedai/DeepSpeed/issues/7535", "diagnosis": "multiple",
-       "line": "return ReduceScatter.apply(y, self.group, 0)", "also": ["x, weights = (Gather.apply(", "return x + self.mlp(self.norm2(x))"]}
+       "missed": ["diagnosis"], "line": "return ReduceScatter.apply(y, self.group, 0)",
+       "also": ["x, weights = (Gather.apply(", "return x + self.mlp(self.norm2(x))"]}
 
 
 def create_ep_parallel_groups(size):

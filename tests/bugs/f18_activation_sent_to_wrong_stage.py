@@ -7,7 +7,7 @@ from kit import HIDDEN, Net, Stage, clip_stage, loss_of, mesh_of, rows_of, singl
 
 RANKS = 6
 BUG = {"id": "F18", "link": "https://github.com/verify-llm/TrainVerify", "diagnosis": "permutation",
-       "line": "dist.recv(x, source)", "also": ["dist.send(y.detach(), target)", "return F.cross_entropy("]}
+       "missed": ["diagnosis"], "line": "dist.recv(x, source)", "also": ["dist.send(y.detach(), target)", "return F.cross_entropy("]}
 
 
 def reference():

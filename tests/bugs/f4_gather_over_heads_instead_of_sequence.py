@@ -8,7 +8,7 @@ from torch import nn
 
 RANKS = 6
 KV_HEADS = 2
-BUG = {"id": "F4", "link": "https://github.com/pytorch/torchtitan/pull/3206", "diagnosis": "other tensor",
+BUG = {"id": "F4", "link": "https://github.com/pytorch/torchtitan/pull/3206", "diagnosis": "other",
        "line": "k, v = (Gather.apply(t, self.cp, self.gather_dim, True) for t in (k, v))",
        "also": ["return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)", "k, v = (t.repeat_interleave("]}
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from kit import HEAD_DIM, Attention, Net, load, loss_of, mesh_of, single, sum_grads, total, training, valid
 
 RANKS = 3
-BUG = {"id": "F7", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1464", "diagnosis": "permutation",
+BUG = {"id": "F7", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1464", "diagnosis": "other",
        "line": "p = weights[", "also": ["grad_v = grad_v + p.mT @ grad", "ds = p * (grad @ v.mT - delta)"]}
 
 

@@ -8,7 +8,7 @@ from kit import MAX_NORM, Net, adamw, load, loss_of, make_batch, rows_of, single
 RANKS = 3
 MICROBATCHES = 2
 BUG = {"id": "G2", "link": "https://github.com/allenai/open-instruct/pull/1498", "diagnosis": "additive term",
-       "line": "self.averaged_gradients = self.all_grad_tensors", "also": ["p.grad = ", "norm = total("]}
+       "missed": ["line"], "line": "self.averaged_gradients = self.all_grad_tensors", "also": ["p.grad = ", "norm = total("]}
 
 
 def reference():

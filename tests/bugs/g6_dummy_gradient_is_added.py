@@ -7,7 +7,7 @@ from kit import Net, load, loss_of, rows_of, single, total, training, valid
 from torch import nn
 
 RANKS = 2
-BUG = {"id": "G6", "link": "https://github.com/NVIDIA/Megatron-LM/commit/3479e6fb26", "diagnosis": "uninitialised",
+BUG = {"id": "G6", "link": "https://github.com/NVIDIA/Megatron-LM/commit/3479e6fb26", "diagnosis": "uninitialised", "unknown": "uninitialised memory",
        "line": "dummy = torch.empty_like(weight)", "also": ["p.main_grad.add_(p.grad)"]}
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 RANKS = 2
 MICROBATCHES = 3
-BUG = {"id": "G8", "link": "https://github.com/deepspeedai/DeepSpeed/pull/545", "diagnosis": "permutation",
+BUG = {"id": "G8", "link": "https://github.com/deepspeedai/DeepSpeed/pull/545", "diagnosis": "additive term",
        "line": "accumulated.add_(new)", "also": ["p.grad = accumulated"]}
 
 
