@@ -19,6 +19,7 @@ from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_rows, distinct, instantiate, template
 from trainverify.kernel.shapes import LEAF, Shapes
 from trainverify.kernel.store import I64, Store, _grown, distinct_rows
+from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
 
 INLINE = 300                                  # leaves up to which an open node is written out from the start
@@ -28,6 +29,7 @@ DEEPEST = 400                                 # operations above each other that
 NESTING = 120                                 # operations above each other in a written-out term
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
+SUMS = 32                                     # rows of a call that are tried as long sums
 CHUNK = 1 << 21                               # leaves that are named at once
 SIMPLE = 1 << 20                              # constants with larger numerators or denominators are leaves
 
@@ -173,7 +175,9 @@ class Claims:
             self._constants = len(store.constants)
 
     def _write_out(self, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
-        """Remember the terms of open nodes; those that are too large stay leaves."""
+        """Remember the terms of open nodes; those that are too large stay leaves, and maxima (what is subtracted before exp is shared by many)."""
+        if self.store.ops[code][0][0] == "max":
+            return
         try:
             groups = self.expand(code, rows, INLINE)
         except TooLarge:
@@ -256,12 +260,23 @@ class Claims:
                 self._too_large = False
                 right, below = self.expand(code, rows[left], limit), self._definitions(reps[left], limit)
                 for ref, par, pick in _pairs(below, right, len(left)):
-                    ok[left[pick]] = self._settle(ref, par, c, limit, 0)
+                    for a, b, at in _whole_leaves(ref, par, reps[left[pick]]):
+                        ok[left[pick[at]]] = self._settle(a, b, c, limit, 0)
             except TooLarge:
                 self._too_large = True
             if not self._too_large:
                 break
+        if self.store.ops[code][0][0] in ("add", "sub"):
+            self._long_sums(code, rows, reps, c, ok)
         return ok
+
+    def _long_sums(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction, ok: np.ndarray) -> None:
+        """Sums of more summands than a term may have leaves."""
+        for i in np.flatnonzero(~ok)[:SUMS].tolist():
+            second = Fraction(-1 if self.store.ops[code][0][0] == "sub" else 1)
+            row = [(Fraction(1), rows[i, :1]), (second, rows[i, 1:])]
+            ok[i] = equal_sums(self.store, [(c, reps[i:i + 1])], row)
+            self.counts["proved sum"] += int(ok[i])
 
     def _settle(self, ref: Group, par: Group, c: Fraction, limit: int, depth: int) -> np.ndarray:
         """Which of the rows (aligned: ref.leaves[i] belongs to par.leaves[i]) are proved."""
@@ -371,6 +386,8 @@ class Claims:
             candidates |= {n for n in open_ & left & right if strangers.intersection(self._operands(by_name[n]))}
         else:
             candidates = open_
+        # what a maximum is of seldom matters: it is subtracted before exp
+        candidates = {n for n in candidates if store.ops[store.code[by_name[n]]][0][0] != "max"} or candidates
         if not candidates:
             return set()
         newest = by_name[max(candidates, key=by_name.__getitem__)]
@@ -418,6 +435,18 @@ def _pairs(ref: list[Group], par: list[Group], n: int) -> Iterable[tuple[Group, 
             common, i, j = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
             if len(common):
                 yield Group(a.shape, common, a.leaves[i]), Group(b.shape, common, b.leaves[j]), common
+
+
+def _whole_leaves(ref: Group, par: Group, reps: np.ndarray) -> Iterable[tuple[Group, Group, np.ndarray]]:
+    """Where the other side mentions the identifier itself, it is a leaf instead of its definition."""
+    itself = (par.leaves == reps[:, None]).any(1)
+    if not itself.any():
+        yield ref, par, np.arange(len(reps))
+        return
+    for at, whole in ((np.flatnonzero(itself), True), (np.flatnonzero(~itself), False)):
+        if len(at):
+            left = Group(LEAF, at, reps[at, None]) if whole else Group(ref.shape, at, ref.leaves[at])
+            yield left, Group(par.shape, at, par.leaves[at]), at
 
 
 def _with_signs(obligation: Obligation, names: np.ndarray, signs: np.ndarray) -> Obligation:

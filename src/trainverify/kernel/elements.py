@@ -90,11 +90,19 @@ class Elements:
         self._fold(out, x, y, Fraction.__mul__)
         if self._special(x, y):
             out = np.where((x == GARBAGE) | (y == GARBAGE), GARBAGE, self._limit_of_product(x, y, self._limit_of_product(y, x, out)))
+        self._square_roots(x, y, out)
         negative = np.flatnonzero(((x == self.store.minus_one) | (y == self.store.minus_one)) & (out < 0))
         if negative.size:
             other = np.where(x == self.store.minus_one, y, x)[negative]
             out[negative] = self.neg(other, Some(prints, negative))
         return self._finish("mul", None, np.stack([np.minimum(x, y), np.maximum(x, y)], 1), out, prints)
+
+    def _square_roots(self, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
+        """The square of a root that is defined is what it is the root of (norms are squared again to add them up)."""
+        root = self.store.operation("sqrt", None, 1)
+        at = np.flatnonzero((x == y) & (self.store.code[x] == root) & self.store.clean[x] & (out < 0))
+        if at.size:
+            out[at] = self.store.definition(x[at], root)[:, 0]
 
     def _limit_of_product(self, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Where x is infinite: times a factor of known sign it is an infinity."""
@@ -105,8 +113,8 @@ class Elements:
 
     def total(self, rows: np.ndarray, prints: Prints) -> np.ndarray:
         """Sums of rows [n, width]."""
-        if rows.shape[1] == 1:
-            return rows[:, 0].copy()
+        if rows.shape[1] < 2:
+            return rows[:, 0].copy() if rows.shape[1] else np.full(len(rows), ZERO_ID)
         if rows.shape[1] == 2:
             return self.add(rows[:, 0], rows[:, 1], prints)
         rows = np.sort(rows, 1)
@@ -124,6 +132,8 @@ class Elements:
         batch, m, k = a.shape
         n = b.shape[2]
         columns = b.transpose(0, 2, 1)
+        if k == 0:
+            return np.full((batch, m, n), ZERO_ID)
         if k == 1:
             x, y = np.broadcast_arrays(a, b)
             return self.mul(x.reshape(-1), y.reshape(-1), prints).reshape(batch, m, n)

@@ -274,10 +274,14 @@ def _sign(kind: str, attr: Attr, rows: np.ndarray, s: np.ndarray) -> np.ndarray 
 
 
 def distinct_rows(rows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first index of each distinct row, number of each row); keys are equal where rows are."""
+    """(first index of each distinct row, ascending; number of each row); keys are equal where rows are.
+
+    Ascending, so that identifiers follow the order of elements: then sums over neighbours are named alike.
+    """
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    if len(first) < len(rows) and not (rows == rows[first[inverse]]).all():      # a collision of hashes
+    if len(first) < len(rows) and not (rows == rows[first[inverse.reshape(-1)]]).all():      # a collision of hashes
         _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-        inverse = inverse.reshape(-1)
-    return first, inverse
+    order = np.argsort(first, kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return first[order], number[inverse.reshape(-1)]
