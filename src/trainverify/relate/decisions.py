@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 
+import msgspec
+import numpy as np
 import torch
 
 from trainverify.algebra.base import Complex
@@ -12,15 +14,21 @@ from trainverify.replay.machine import Decision, Machine
 from trainverify.replay.memory import is_float
 from trainverify.replay.run import World
 
+CHOOSES = ("topk", "sort", "argmax", "argmin", "kthvalue", "median")
+ORDERED = ("sort",)
+
 
 def match_decisions(reference: World, parallel: World, field, real, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:
     """A diagnostic for each parallel decision some of whose operands are no reference decision's (by fingerprint: a guess, so
     that equality here never proves anything, and a mismatch only withholds a verdict), and for each place in `accept` (FILE:LINE)
     that accepts none; and the places of those that were accepted."""
     known: dict[str, set[int]] = {}
+    taken: dict[tuple[str, bytes], bytes] = {}
     for machine in reference.machines:
         for d in machine.decisions:
             known.setdefault(d.kind, set()).update(_prints(field, d))
+            for key, outcome, _ in _choices(field, d):
+                taken.setdefault((d.kind, key), outcome)
     out: dict[tuple, Diagnostic] = {}
     accepted: dict[str, None] = {}
     used: set[str] = set()
@@ -30,7 +38,10 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             place = f"{span.file}:{span.line}" if span else ""
             prints = _prints(field, d)
             strange = prints - known.get(d.kind, set())
-            if not strange or _idle(machine, d):
+            if _idle(machine, d):
+                continue
+            if not strange:
+                _note_tie(out, machine, d, [gap for key, outcome, gap in _choices(field, d) if taken.get((d.kind, key), outcome) != outcome])
                 continue
             if by := [a for a in accept if place and _names(a, place)]:
                 used.update(by)
@@ -47,6 +58,45 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
     idle = [Diagnostic("ACC001", f"--accept {a} accepts nothing: no unmatched decision is made there", "warning",
                        fix="leave it out, or name the line that a REL008 of this run names") for a in accept if a not in used]
     return [*out.values(), *idle], tuple(accepted)
+
+
+def _note_tie(out: dict[tuple, Diagnostic], machine: Machine, d: Decision, gaps: list[str]) -> None:
+    """A choice among the reference's own values that fell differently: they are equal up to rounding."""
+    if not gaps:
+        return
+    span = machine.span(d.call)
+    key = ("tie", d.kind, f"{span}")
+    old = out.get(key)
+    out[key] = old or Diagnostic(
+        "REL011", f"a {_words(d.kind)} of the same values as the reference's fell differently ({len(gaps)} of its choices): a tie up to rounding", "warning",
+        span, (), tuple(dict.fromkeys(g for g in gaps[:2] if g)), "run with another --seed; outputs that depend on the choice may differ for this reason alone")
+    out[key] = msgspec.structs.replace(out[key], ranks=tuple(sorted({machine.rank, *out[key].ranks})))
+
+
+def _choices(field, d: Decision):
+    """(what is chosen from, what was chosen, how near) for every choice of a decision, as fingerprints in an order of their own: experts
+    or rows that stand in another order are the same choice. Kinds that are no such choice give none."""
+    values = [v for v in d.operands.get("field", ()) if not isinstance(v, (torch.Tensor, Complex))]
+    real = [v for v in d.operands.get("real", ()) if hasattr(v, "t")]
+    name = d.kind.partition(":")[0]
+    if name in CHOOSES and len(values) == 1 and isinstance(d.outcome, torch.Tensor) and values[0].shape:
+        yield from _rows(name, field.fingerprint(values[0]), d.outcome, real[0].t if real else None)
+    elif name == "compare" and len(values) == len(d.operands.get("field", ())) == 2:
+        prints = [field.fingerprint(v).reshape(-1) for v in values]
+        gap = " and ".join(repr(float(v.t.reshape(-1)[0])) for v in real)
+        yield torch.stack(prints).numpy().tobytes(), str(bool(d.outcome)).encode(), gap
+
+
+def _rows(name: str, prints: torch.Tensor, outcome: torch.Tensor, real: torch.Tensor | None):
+    n = prints.shape[-1]
+    rows = prints.reshape(-1, n).numpy()
+    chosen = outcome.reshape(len(rows), -1).numpy() if len(rows) else np.zeros((0, 1), dtype=np.int64)
+    floats = real.reshape(-1, n).numpy() if real is not None else None
+    for k, (row, at) in enumerate(zip(rows, chosen)):
+        picked = row[at] if name in ORDERED else np.sort(row[at])
+        rest = np.setdiff1d(np.arange(n), at)
+        gap = "" if floats is None or not len(rest) else f"chosen: {floats[k][at].tolist()}; not chosen: {floats[k][rest].tolist()[:4]}"
+        yield np.sort(row).tobytes(), picked.tobytes(), gap
 
 
 def _idle(machine: Machine, d: Decision) -> bool:
