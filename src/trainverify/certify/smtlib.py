@@ -67,7 +67,7 @@ def power(x: str, e: int) -> str:
 
 
 class _Script:
-    """Collects the lines of one script. Names: x3 a leaf, n5 a node, r5 the root that a fractional power of node 5 is made from."""
+    """Collects the lines of one script. Names: x3 a leaf, n5 a node, i5 exp(-n5), r5 the root that a power of node 5 is made from."""
 
     def __init__(self, obligation: Obligation):
         self.obligation, self.nodes = obligation, obligation.nodes
@@ -77,7 +77,7 @@ class _Script:
         self.declared: dict[str, str] = {}                # declarations, by name
         self.lines: list[str] = []
         self.conditions: list[str] = []                   # of the parallel term's definedness
-        self.exponents: dict[str, str] = {}               # terms that exp is applied to, with exp of them
+        self.stated: set[str] = set()                     # terms of which a fact is written
         for i in self.order:
             self.names[i] = self._node(i)
         self._facts_of_log()
@@ -98,14 +98,14 @@ class _Script:
     def fact(self, statement: str) -> None:
         self.lines.append(f"(assert {statement})")
 
-    def partial(self, i: int, condition: str, statement: str) -> None:
+    def partial(self, i: int, condition: str, statement: str = "") -> None:
         """Node i has a value only under the condition; the statement holds if so."""
         if i in self.assumed:
             self.fact(condition)
-            self.fact(statement)
         else:
             self.conditions.append(condition)
-            self.fact(f"(=> {condition} {statement})")
+        if statement:
+            self.fact(statement if i in self.assumed else f"(=> {condition} {statement})")
 
     # ---- nodes
     def _node(self, i: int) -> str:
@@ -138,7 +138,7 @@ class _Script:
             case "inv" | "sqrt" | "pow":
                 return self._power(i, a[0], {"inv": Fraction(-1), "sqrt": Fraction(1, 2)}.get(kind, attr))
             case "exp":
-                return self._define(i, self._exp_node(args[0]))
+                return self._define(i, self._exp(args[0]))
             case "log":
                 return self._log(i, a[0])
             case "sin" | "cos":
@@ -194,24 +194,29 @@ class _Script:
         return f"n{i}"
 
     # ---- functions that are not algebraic
-    def _exp(self, x: str) -> str:
-        """exp of a term, as an unknown function that is positive."""
-        if x not in self.exponents:
-            self.exponents[x] = f"({self.declare('real_exp', 1)} {x})"
-            self.fact(f"(> {self.exponents[x]} 0.0)")
-        return self.exponents[x]
+    def _exp(self, i: int) -> str:
+        """exp of node i, as a product of exp(k) and exp(-k) for the nodes k that it is a sum of."""
+        factors = [f for k, e in self._multiples(i).items() for f in [self._above(k) if e > 0 else self._below(k)] * abs(e)]
+        return product(factors)
 
-    def _exp_node(self, i: int) -> str:
-        """exp of node i; of a sum, with the equation that makes it a product."""
-        multiples = self._multiples(i)
-        if not multiples:
-            return "1.0"
-        value = self._exp(self.names[i])
-        if multiples != {i: 1}:
-            above = [self._exp(self.names[k]) for k, e in multiples.items() for _ in range(e)]
-            below = [self._exp(self.names[k]) for k, e in multiples.items() for _ in range(-e)]
-            self.fact(f"(= {product([value, *below])} {product(above)})")
+    def _above(self, k: int) -> str:
+        """exp(k): an unknown function that is positive, or what k is the logarithm of."""
+        if self.nodes[k].kind == "log":
+            return self.names[self.nodes[k].args[0]]
+        value = f"({self.declare('real_exp', 1)} {self.names[k]})"
+        if value not in self.stated:
+            self.stated.add(value)
+            self.fact(f"(> {value} 0.0)")
         return value
+
+    def _below(self, k: int) -> str:
+        """exp(-k)."""
+        value, name = self._above(k), f"i{k}"
+        if name not in self.declared:
+            equation = f"(= (* {value} {self.declare(name)}) 1.0)"
+            guarded = self.nodes[k].kind == "log" and k not in self.assumed
+            self.fact(f"(=> (> {value} 0.0) {equation})" if guarded else equation)
+        return name
 
     def _multiples(self, root: int) -> dict[int, int]:
         """Node `root` as a sum of integer multiples of nodes that are no such sums themselves."""
@@ -234,17 +239,18 @@ class _Script:
 
     def _log(self, i: int, a: str) -> str:
         n = self._define(i, f"({self.declare('real_log', 1)} {a})")
-        self.partial(i, f"(> {a} 0.0)", f"(= {self._exp(n)} {a})")
+        self.partial(i, f"(> {a} 0.0)")
         return n
 
     def _facts_of_log(self) -> None:
         """log undoes exp."""
         if "real_log" in self.declared:
-            for x, e in list(self.exponents.items()):
-                self.fact(f"(= (real_log {e}) {x})")
+            for i in self.order:
+                if self.nodes[i].kind == "exp":
+                    self.fact(f"(= (real_log {self.names[i]}) {self.names[self.nodes[i].args[0]]})")
 
     def _circle(self, x: str) -> None:
         sin, cos = (f"({self.declare(name, 1)} {x})" for name in ("real_sin", "real_cos"))
-        statement = f"(assert (= (+ (* {sin} {sin}) (* {cos} {cos})) 1.0))"
-        if statement not in self.lines:
-            self.lines.append(statement)
+        if sin not in self.stated:
+            self.stated.add(sin)
+            self.fact(f"(= (+ (* {sin} {sin}) (* {cos} {cos})) 1.0)")
