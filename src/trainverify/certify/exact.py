@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from trainverify.kernel.terms import NEGATIVE, POSITIVE, ZERO, Node, Obligation, pairs, reachable
 
-Function = Callable[[str, tuple[Fraction, ...]], Fraction]        # the meaning of an uninterpreted function: of its tag and arguments
+Function = Callable[[int, tuple[Fraction, ...]], Fraction]        # the value of a node that applies an uninterpreted function, of the arguments' values
 ORDERS = {"gt": Fraction.__gt__, "ge": Fraction.__ge__, "lt": Fraction.__lt__, "le": Fraction.__le__, "eq": Fraction.__eq__, "ne": Fraction.__ne__}
 BITS = 100_000         # larger numbers are not worth their time
 
@@ -28,7 +28,8 @@ def claim_holds(obligation: Obligation, leaves: tuple[Fraction, ...], function: 
         for i in order:
             if i not in values:
                 node = obligation.nodes[i]
-                values[i] = _value(node, [values[a] for a in node.args], leaves, function)
+                args = [values[a] for a in node.args]
+                values[i] = function(i, tuple(args)) if node.kind == "uf" else _value(node, args, leaves)
 
     try:
         fill(reachable(obligation.nodes, [obligation.lhs, *(i for i, _ in obligation.given)]))
@@ -43,7 +44,7 @@ def claim_holds(obligation: Obligation, leaves: tuple[Fraction, ...], function: 
     return values[obligation.lhs] == values[obligation.rhs]
 
 
-def _value(node: Node, args: list[Fraction], leaves: tuple[Fraction, ...], function: Function) -> Fraction:
+def _value(node: Node, args: list[Fraction], leaves: tuple[Fraction, ...]) -> Fraction:
     match node.kind:
         case "const":
             value = node.attr
@@ -63,8 +64,6 @@ def _value(node: Node, args: list[Fraction], leaves: tuple[Fraction, ...], funct
             value = max(args)
         case "compare":
             value = Fraction(ORDERS[node.attr](*args))
-        case "uf":
-            value = function(node.attr, tuple(args))
         case "inv":
             value = power(args[0], Fraction(-1))
         case "sqrt":

@@ -40,9 +40,14 @@ def _part(node: Node) -> str:
     return names.get(node.kind, node.kind if node.kind in ABSTRACT else "")
 
 
-def script(obligation: Obligation, comments: Iterable[str] = ()) -> str:
-    """The whole script, with check-sat."""
-    return _Script(obligation).text(comments)
+def script(obligation: Obligation, comments: Iterable[str] = (), functions: bool = True) -> str:
+    """The whole script, with check-sat. Without functions, their values are unknowns that nothing relates: a weaker script."""
+    return _Script(obligation, functions).text(comments)
+
+
+def name_of(node: int) -> str:
+    """The constant that holds the value of a node that applies an uninterpreted function."""
+    return f"n{node}"
 
 
 def number(q: Fraction | int) -> str:
@@ -69,8 +74,8 @@ def power(x: str, e: int) -> str:
 class _Script:
     """Collects the lines of one script. Names: x3 a leaf, n5 a node, i5 exp(-n5), r5 the root that a power of node 5 is made from."""
 
-    def __init__(self, obligation: Obligation):
-        self.obligation, self.nodes = obligation, obligation.nodes
+    def __init__(self, obligation: Obligation, functions: bool):
+        self.obligation, self.nodes, self.functions = obligation, obligation.nodes, functions
         self.order = reachable(obligation.nodes, obligation.roots)
         self.assumed = set(reachable(obligation.nodes, [obligation.lhs, *(i for i, _ in obligation.given)]))
         self.names: dict[int, str] = {}
@@ -118,8 +123,7 @@ class _Script:
             case "leaf":
                 return self.declare(f"x{attr}")
             case "uf":
-                name = self.declare(symbol(attr, len(a)), len(a))
-                return self._define(i, f"({name} {' '.join(a)})" if a else name)
+                return self._application(i, a)
             case "add":
                 return self._define(i, f"(+ {' '.join(a)})") if len(a) > 1 else a[0]
             case "mul":
@@ -149,6 +153,13 @@ class _Script:
     def _define(self, i: int, term: str) -> str:
         self.lines.append(f"(define-fun n{i} () Real {term})")
         return f"n{i}"
+
+    def _application(self, i: int, a: list[str]) -> str:
+        n = self.declare(name_of(i))
+        if self.functions:
+            name = self.declare(symbol(self.nodes[i].attr, len(a)), len(a))
+            self.fact(f"(= {n} {f'({name} {chr(32).join(a)})' if a else name})")
+        return n
 
     def _max(self, i: int) -> str:
         """The greatest of all operands of nested maxima, in the order of their numbers, so that maxima of one set look the same."""

@@ -17,12 +17,7 @@ DIGITS = 30            # of a coordinate that is not rational
 Status = Literal["unsat", "sat", "unknown"]
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a solver calls a counterexample: leaf values (rational or near), and the meaning of uninterpreted functions by name."""
-
-    leaf: Callable[[int], Fraction]
-    function: Callable[[str, tuple[Fraction, ...]], Fraction | None]
+Model = Callable[[str], Fraction]      # what a solver calls a counterexample: the value of a constant of the script, rational or near
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +82,13 @@ def _check_z3(z3: ModuleType, script: str, limit: int, general: bool) -> Outcome
 
 
 def _model_z3(z3: ModuleType, model: Any, context: Any) -> Model:
-    functions = {d.name(): d for d in model.decls()}
-
-    def value(term: Any) -> Fraction | None:
-        term = model.eval(term, model_completion=True)
+    def value(name: str) -> Fraction:
+        term = model.eval(z3.Real(name, ctx=context), model_completion=True)
         if z3.is_algebraic_value(term):
             term = term.approx(DIGITS)
-        return Fraction(term.numerator_as_long(), term.denominator_as_long()) if z3.is_rational_value(term) else None
+        return Fraction(term.numerator_as_long(), term.denominator_as_long())
 
-    def function(name: str, args: tuple[Fraction, ...]) -> Fraction | None:
-        declared = functions.get(name)
-        return Fraction(0) if declared is None else value(declared(*(z3.RealVal(str(a), ctx=context) for a in args)))
-
-    return Model(lambda k: value(z3.Real(f"x{k}", ctx=context)) or Fraction(0), function)
+    return value
 
 
 # ---- cvc5
@@ -119,25 +108,17 @@ def _run_cvc5(cvc5: ModuleType, script: str, limit: int) -> Outcome:
         return Outcome("unsat")
     if not answer.isSat():
         return Outcome("unknown", answer.getUnknownExplanation() == cvc5.UnknownExplanation.RESOURCEOUT)
-    return Outcome("sat", model=_model_cvc5(cvc5, solver, terms, {t.getSymbol(): t for t in symbols.getDeclaredTerms()}))
+    return Outcome("sat", model=_model_cvc5(solver, {t.getSymbol(): t for t in symbols.getDeclaredTerms()}))
 
 
-def _model_cvc5(cvc5: ModuleType, solver: Any, terms: Any, declared: dict[str, Any]) -> Model:
-    def value(term: Any) -> Fraction | None:
-        term = solver.getValue(term)
-        if term.isRealValue():
-            return Fraction(term.getRealValue())
-        if term.isRealAlgebraicNumber():
-            return (Fraction(term.getRealAlgebraicNumberLowerBound().getRealValue()) + Fraction(term.getRealAlgebraicNumberUpperBound().getRealValue())) / 2
-        return None
-
-    def leaf(k: int) -> Fraction:
-        return (value(declared[f"x{k}"]) if f"x{k}" in declared else None) or Fraction(0)
-
-    def function(name: str, args: tuple[Fraction, ...]) -> Fraction | None:
+def _model_cvc5(solver: Any, declared: dict[str, Any]) -> Model:
+    def value(name: str) -> Fraction:
         if name not in declared:
             return Fraction(0)
-        term = declared[name]
-        return value(terms.mkTerm(cvc5.Kind.APPLY_UF, term, *(terms.mkReal(a.numerator, a.denominator) for a in args)) if args else term)
+        term = solver.getValue(declared[name])
+        if term.isRealValue():
+            return Fraction(term.getRealValue())
+        low, high = term.getRealAlgebraicNumberLowerBound(), term.getRealAlgebraicNumberUpperBound()
+        return (Fraction(low.getRealValue()) + Fraction(high.getRealValue())) / 2
 
-    return Model(leaf, function)
+    return value
