@@ -6,7 +6,8 @@ from kit import total, training, valid
 RANKS = 6
 BUG = {"id": "B10", "link": "https://github.com/NVIDIA/Megatron-LM/commit/cac8d1a3f0", "diagnosis": "additive term",
        "line": "moe.logits.logsumexp(-1)", "also": ["logits = self.router(x)", "loss = main + ", "dist.all_reduce(p.grad, group=group)",
-                                                    "sum_grads(model.parameters(), dp)"]}
+                                                    "sum_grads(model.parameters(), dp)"],
+       "missed": ["diagnosis"]}
 SHARDS, COEFFICIENT = {"w1": 2, "w2": 1}, 0.5
 
 

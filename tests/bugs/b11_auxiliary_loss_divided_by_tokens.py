@@ -5,7 +5,8 @@ from kit import Moe, Net, load, loss_of, make_batch, mesh_of, rows_of, single, s
 
 RANKS = 3
 BUG = {"id": "B11", "link": "https://github.com/NVIDIA/Megatron-LM/commit/87d9d2506a", "diagnosis": "additive term",
-       "line": "p.grad /= tokens", "also": ["dist.all_reduce(p.grad, group=group)", "logits = self.router(x)", "z.square().mean()"]}
+       "line": "p.grad /= tokens", "also": ["dist.all_reduce(p.grad, group=group)", "logits = self.router(x)", "z.square().mean()"],
+       "missed": ["line", "diagnosis"]}
 COEFFICIENT, MICROBATCHES = 0.5, 2
 
 

@@ -6,7 +6,8 @@ from kit import Moe, Net, cp_shares, load, loss_of, mean_grads, mesh_of, single,
 RANKS = 6
 BUG = {"id": "B13", "link": "https://github.com/NVIDIA/Megatron-LM/pull/2237", "diagnosis": "additive term",
        "line": "scores = AutoScaler.apply(", "also": ["dist.all_reduce(p.grad, group=group)", "p.grad /= dist.get_world_size(group)", "logits = self.router(x)",
-                                            "z = logits.logsumexp(-1)", "auxiliary = COEFFICIENT"]}
+                                            "z = logits.logsumexp(-1)", "auxiliary = COEFFICIENT"],
+       "missed": ["diagnosis"]}
 COEFFICIENT = 0.5
 
 

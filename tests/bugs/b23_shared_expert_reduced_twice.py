@@ -6,7 +6,8 @@ from torch import nn
 
 RANKS = 6
 BUG = {"id": "B23", "link": "https://github.com/vllm-project/vllm/issues/49122", "diagnosis": "additive term",
-       "line": "return Reduce.apply(routed + shared, self.tp)", "also": ["x = x.detach().clone()", "dist.all_reduce(x, group=group)", "return total(x, group)"]}
+       "line": "return Reduce.apply(routed + shared, self.tp)", "also": ["x = x.detach().clone()", "dist.all_reduce(x, group=group)", "return total(x, group)"],
+       "missed": ["line", "diagnosis"]}
 SHARDS = {"w1": 2, "w2": 1, "shared_up.weight": 0, "shared_down.weight": 1}
 
 

@@ -9,7 +9,8 @@ from torch import nn
 RANKS = 6
 BUG = {"id": "B34", "link": "https://github.com/inclusionAI/AReno/pull/496", "diagnosis": "multiple",
        "line": "sum_grads([layer.attention.kv_a.weight for layer in model.layers], tp)",
-       "also": ["dist.all_reduce(p.grad, group=group)", "rest = [p.grad for p in parameters", "latent, shared = self.kv_a("]}
+       "also": ["dist.all_reduce(p.grad, group=group)", "rest = [p.grad for p in parameters", "latent, shared = self.kv_a("],
+       "missed": ["diagnosis"]}
 SHARDS, LATENT, SHARED = {**TP_SHARDS, "kv_b.weight": 0}, 4, 3
 
 

@@ -8,7 +8,8 @@ from torch import nn
 RANKS = 6
 BUG = {"id": "E4", "link": "https://arxiv.org/abs/2506.09280", "diagnosis": "additive term",
        "line": "return Reduce.apply(x.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.tp)",
-       "also": ["x = F.embedding(local, self.weight)", "return total(x, group)", "dist.all_reduce(x, group=group)"]}
+       "also": ["x = F.embedding(local, self.weight)", "return total(x, group)", "dist.all_reduce(x, group=group)"],
+       "missed": ["diagnosis"]}
 reference = single
 
 
