@@ -23,7 +23,9 @@ from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
 
 INLINE = 300                                  # leaves up to which an open node is written out from the start
-LADDER = (300, 2000)                          # leaves that unfolding may reach, in successive attempts
+# Successive attempts: the leaves that unfolding may reach, and whether short operations are unfolded before long ones.
+LADDER = ((300, False), (300, True), (2000, False))
+SHORT = 4                                     # operands
 DEPTH = 24                                    # unfoldings in a row
 DEEPEST = 400                                 # operations above each other that unfolding may reach
 NESTING = 120                                 # operations above each other in a written-out term
@@ -45,7 +47,9 @@ class Guesses(Protocol):
     """Proposes what a row may equal. A wrong proposal costs time only."""
 
     def find(self, prints: np.ndarray) -> np.ndarray: ...
+    def find_other(self, prints: np.ndarray) -> np.ndarray: ...
     def learn(self, prints: np.ndarray, ids: np.ndarray) -> None: ...
+    def learn_other(self, prints: np.ndarray, ids: np.ndarray) -> None: ...
     def scales(self, index: np.ndarray, prints: Prints) -> Iterable[tuple[Fraction, np.ndarray]]: ...
 
 
@@ -88,6 +92,7 @@ class Claims:
         self._shape, self._at, self._count = (np.zeros(0, t) for t in (np.int32, I64, np.int32))
         self._pool, self._used = np.empty(1024, I64), 0
         self._constants = 0
+        self._short_first = self._too_large = False
 
     # ---- rows to identifiers
     def resolve(self, kind: str, attr, rows: np.ndarray, prints: Prints) -> np.ndarray:
@@ -109,6 +114,10 @@ class Claims:
             return self._opened(code, rows, keys)
         reps = self.guesses.find(marks)
         self._merge(code, rows, keys, out, np.flatnonzero(reps >= 0), reps, Fraction(1))
+        failed = np.flatnonzero((reps >= 0) & (out < 0))
+        if failed.size:
+            others = self.guesses.find_other(marks)
+            self._merge(code, rows, keys, out, np.flatnonzero((others >= 0) & (reps >= 0) & (out < 0)), others, Fraction(1))
         open_ = np.flatnonzero(out < 0)
         if store.parallel and open_.size:
             for c, reps in self.guesses.scales(index[open_], prints):
@@ -121,6 +130,8 @@ class Claims:
             lead = open_[np.sort(first)]
             out[lead] = store.define(code, rows[lead], keys[lead])
             self.guesses.learn(marks[lead], out[lead])
+            again = np.intersect1d(lead, failed)
+            self.guesses.learn_other(marks[again], out[again])
             twins = np.setdiff1d(open_, lead)                  # equal to an earlier row of this very call, perhaps
             if twins.size:
                 reps = np.full(len(rows), -1, I64)
@@ -252,7 +263,7 @@ class Claims:
         self._sync()
         simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
         defined = np.flatnonzero((self.store.code[reps] > 0) | simple)
-        for limit in LADDER:
+        for limit, self._short_first in LADDER:
             left = defined[~ok[defined]]
             if not left.size:
                 break
@@ -388,6 +399,8 @@ class Claims:
             candidates = open_
         # what a maximum is of seldom matters: it is subtracted before exp
         candidates = {n for n in candidates if store.ops[store.code[by_name[n]]][0][0] != "max"} or candidates
+        if self._short_first:
+            candidates = {n for n in candidates if len(self._operands(by_name[n])) <= SHORT} or candidates
         if not candidates:
             return set()
         newest = by_name[max(candidates, key=by_name.__getitem__)]
