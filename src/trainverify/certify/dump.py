@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainverify.certify.formula import formula
 from trainverify.certify.smtlib import in_theory, parts, script
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.kernel.terms import Obligation, digest, text
@@ -48,7 +49,7 @@ def _readable(name: str, group: list[Item]) -> str:
     kinds = "exact" if in_theory(obligation) else "in part: a solver's unsat proves the claim, its sat means nothing"
     return "\n".join([f"obligation {name}", f"theory     {theory}", f"SMT-LIB    {kinds}", *(f"at         {place}" for place in _places(group)), "",
                       "For all reals x<k> for which the left side is defined and what is given holds, the right side is defined and equal:", "",
-                      text(obligation)])
+                      formula(obligation), "The same, node by node (the address is of this form):", "", text(obligation)])
 
 
 def _script(name: str, group: list[Item]) -> str:

@@ -50,7 +50,7 @@ def load(name: str) -> Solver:
         raise Fault(Diagnostic("SMT001", f"the solver {name} cannot be loaded: {e}",
                                fix=f"pip install 'trainverify[smt]' (or only {package})")) from e
     if name == "z3":
-        return Solver(name, module.get_version_string(), lambda script, limit: _run_z3(module, script, limit), 500_000)
+        return Solver(name, module.get_version_string(), lambda script, limit: _run_z3(module, script, limit), 200_000)
     return Solver(name, module.__version__, lambda script, limit: _run_cvc5(module, script, limit), 50_000)
 
 

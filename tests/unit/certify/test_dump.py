@@ -5,10 +5,11 @@ import pytest
 from kernel.expr import World
 
 from trainverify.certify.dump import Item, dump_unknown
+from trainverify.certify.formula import formula
 from trainverify.certify.smtlib import script
 from trainverify.certify.solvers import load
 from trainverify.diagnostics import Fault
-from trainverify.kernel import POSITIVE
+from trainverify.kernel import NONZERO, POSITIVE
 from trainverify.kernel.terms import digest
 
 READABLE = """\
@@ -19,6 +20,12 @@ at         train.py:31: definedness
 at         train.py:44: budget
 
 For all reals x<k> for which the left side is defined and what is given holds, the right side is defined and equal:
+
+t4 = exp(x0) * 1/x1
+given x1 > 0
+t4 == 1/2 * t4
+
+The same, node by node (the address is of this form):
 
 n0 = leaf<0>()
 n1 = exp(n0)
@@ -49,6 +56,23 @@ def test_files(tmp_path):
                                                  "some functions are abstracted: sat means nothing"])
     assert "sat means nothing" not in written[3].read_text()
     assert load("z3").run(written[3].read_text(), 10_000).status == "sat"
+
+
+def test_formula():
+    w = World()
+    x, y, long = w.leaf("x"), w.leaf("y"), w.sum([w.leaf(f"long{k}") for k in range(20)])
+    both = x + y
+    left = w.dot([x, both], [-y, x - 2 * y]) * w.inv(both * y) + w.compare("ge", x, y - Fraction(1, 3)) * (-x)
+    right = w.apply("pow", both, attr=Fraction(-1, 2)) * x**2 - w.max([x, w.exp(long)]) + w.uf("silu'", x, -both) * Fraction(-2, 3)
+    lines = formula(w.claim(left, right, [(w.sqrt(y), NONZERO)])).splitlines()
+    sums = " + ".join(f"x{k}" for k in range(2, 22))
+    assert lines == [
+        f"t22 = {sums}",
+        "t23 = x0 + x1",
+        "given sqrt(x1) != 0",
+        "(x0 * (-x1) + t23 * (x0 - 2 * x1)) * 1/(t23 * x1) + [x0 >= x1 - 1/3] * (-x0) == "
+        "t23^(-1/2) * x0^2 - max(x0, exp(t22)) - 2/3 * silu'(x0, -t23)",
+    ]
 
 
 def test_places_of_several_lines_stay_comments(tmp_path):

@@ -153,6 +153,19 @@ def test_random_false_obligations(name, count, limit):
     assert all(solver.run(script(false_obligation(World(), rng)), limit).status != "unsat" for _ in range(count))
 
 
+def test_logarithms_that_only_the_parallel_side_has():
+    """exp(log x) is x where log x is defined, and nothing is claimed to be so elsewhere."""
+    w = World()
+    x, y = w.leaf("x"), w.leaf("y")
+    for right in (y * w.exp(-w.log(x)) * x, y + 0 * w.log(x), y + w.log(w.exp(w.log(x))) - w.log(x), y * w.exp(w.log(x) - w.log(x))):
+        ob = w.claim(y, right)
+        assert not isinstance(prove(ob), Proved)
+        for name in ("z3", "cvc5"):
+            assert load(name).run(script(ob), SMALL).status != "unsat"
+    assert isinstance(prove(w.claim(y * w.exp(-w.log(x)) * x, y)), Proved)
+    assert load("z3").run(script(w.claim(y * w.exp(-w.log(x)) * x, y)), SMALL).status == "unsat"
+
+
 def test_sums_of_sums_do_not_explode():
     w = World()
     x = y = w.leaf("x")
