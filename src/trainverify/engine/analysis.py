@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from trainverify.algebra.field import Field
 from trainverify.algebra.real import Real
 from trainverify.diagnostics import Diagnostic
+from trainverify.engine.beside import Beside, Lost
 from trainverify.engine.facts import Facts
-from trainverify.engine.verdict import Judgement, judge
+from trainverify.engine.prove import Lineages, Proof, prove_programs
+from trainverify.engine.verdict import BLOCKING, Judgement, judge
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
@@ -53,6 +55,7 @@ class Analysis:
     symbols: Symbols
     first: Pass
     second: Pass | None
+    proof: Proof
     judgements: list[Judgement]
     diagnostics: list[Diagnostic]
     facts: dict[str, Facts]
@@ -99,13 +102,26 @@ class Laps:
         self._clock = now
 
 
-def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(),
+def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(), jobs: int = 1,
             progress: Callable = lambda *a, **k: None, watch=None) -> Analysis:
-    """Replay, compare and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for diagnosis)
-    sees the values of that second pass."""
+    """Replay, compare, prove and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for
+    diagnosis) sees the values of that second pass. With two jobs the proof is made in a process of its own, beside all that."""
     laps = Laps()
     table = standard_table(extra_rows)
     symbols = Symbols(reference)
+
+    def prove(told: Callable[[], Lineages], report: Callable) -> Proof:
+        return prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, told)
+    beside = Beside(prove) if jobs > 1 else None
+    try:
+        return _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside)
+    finally:
+        if beside is not None:
+            beside.close()
+
+
+def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], laps: Laps,
+             progress: Callable, watch, prove: Callable, beside: Beside | None) -> Analysis:
     check, batch = Conformance(table), Batch(reference)
     observers = {side: Observers(batch, check) for side in ("reference", "parallel")}
     first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, observers)
@@ -118,10 +134,33 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
                    *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
     unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     diagnostics += unmatched
-    judgements = judge(first, second, diagnostics)
     laps.end("compare")
-    return Analysis(table, symbols, first, second, judgements, diagnostics, {side: o.facts for side, o in observers.items()},
+    proof = _proof(first, diagnostics, prove, beside, progress)
+    diagnostics += proof.diagnostics
+    laps.end("prove", _work(proof))
+    judgements = judge(first, second, diagnostics, proof)
+    return Analysis(table, symbols, first, second, proof, judgements, diagnostics, {side: o.facts for side, o in observers.items()},
                     Coverage(batch, observers["reference"].reads, observers["parallel"].reads), reference.traces[0].steps, accepted, laps.phases)
+
+
+def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: Beside | None, progress: Callable) -> Proof:
+    """What is proved; nothing is tried where a diagnostic withholds every verdict."""
+    if any(d.code in BLOCKING for d in diagnostics):
+        return Proof()
+    lineages = Lineages(first.comparison.ref_lineage, first.comparison.lineage)
+    if beside is None:
+        return prove(lambda: lineages, progress)
+    progress("prove")
+    try:
+        return beside.answer(lineages, progress)
+    except Lost as lost:
+        return Proof(diagnostics=[Diagnostic("PROVE001", f"the process that proves was lost ({lost}): nothing is proved", "warning",
+                                             fix="if memory ran out, verify with --jobs 1, fewer steps or smaller sizes")])
+
+
+def _work(proof: Proof) -> str:
+    c = proof.counts
+    return f"{c.get('obligations', 0):,} distinct obligations, {c.get('rows', 0):,} elements" if c else ""
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class Options:
     """ranks: world size (None: the spec's RANKS); timeout: seconds of wall clock for each capture; accept: FILE:LINE of decisions
-    that the user takes as matched; keep: keep the traces under workdir."""
+    that the user takes as matched; jobs: processes that analyse (2: the proof beside the rest; the report is the same); keep: keep the traces under workdir."""
 
     ranks: int | None = None
     case: dict = field(default_factory=dict)
@@ -20,3 +20,4 @@ class Options:
     workdir: Path | None = None
     keep: bool = False
     conform: bool = True
+    jobs: int = 2

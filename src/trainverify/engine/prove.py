@@ -1,55 +1,143 @@
 """The proof: both programs replayed in the kernel's terms, and the reference's outputs compared by identifier.
 
-What is merged, the kernel has proved; an output whose elements have the reference's identifiers is proved (trusted: that the
-comparison looks at the right elements; not trusted: which equalities are tried).
+What is merged, the kernel has proved; an output whose elements have the reference's identifiers is proved. Trusted: that the
+comparison looks at the right elements, that every decision follows from the reference's, and that the reference is defined at the
+recorded inputs (else the theorem would say nothing). Not trusted: which equalities are tried.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+
+from trainverify.algebra.base import Complex
 from trainverify.algebra.field import Field
 from trainverify.algebra.terms import Terms
-from trainverify.ir.trace import Program
+from trainverify.diagnostics import Diagnostic
+from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.kernel.claims import Claims
-from trainverify.kernel.store import Store
+from trainverify.kernel.store import GARBAGE, Store
 from trainverify.ops.table import OpTable
-from trainverify.relate.compare import Comparison, Key
+from trainverify.relate.choices import undecided
+from trainverify.relate.compare import Comparison, Key, Lineage
+from trainverify.relate.decisions import names_place, words_of
 from trainverify.relate.guess import Dictionary, likely_factors
 from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.machine import Hooks
+from trainverify.replay.machine import Hooks, Machine
 from trainverify.replay.run import World, replay
 
 
 @dataclass(slots=True)
 class Proof:
-    """What was proved: per output of the reference the pieces' elements that are (in the order of `comparison`)."""
+    """What was proved: outputs of the reference of which every element that a rank holds is; why not, for the others.
 
-    terms: Terms
-    reference: World
-    parallel: World
-    comparison: Comparison
-    ref_n: int = 0
-    ref_o: int = 0
+    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); counts: of the work.
+    """
 
-    def proved(self, key: Key) -> bool:
-        """Whether all that the ranks hold of an output is proved, and all of it is held."""
-        c = self.comparison.compared[key]
-        return bool(c.pieces) and not c.missing and not c.problems and all(bool(p.equal["terms"].all()) for p in c.pieces)
+    proved: frozenset[Key] = frozenset()
+    reasons: dict[Key, str] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
-def prove_programs(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, first: Comparison, seed: int,
-                   progress: Callable) -> Proof:
-    """Replay both sides in terms (with a field of another seed); `first`: the comparison in the field, whose lineages are confirmed."""
+@dataclass(frozen=True, slots=True)
+class Lineages:
+    """Which symbols parameters hold, as the comparison in the field found (to be confirmed by identifiers)."""
+
+    ref_lineage: dict[tuple[int, str, str], Lineage]
+    lineage: dict[tuple[int, str, str], Lineage]
+
+
+class Vacuity:
+    """Whether the reference is defined at the recorded inputs: what the store takes for a number is no NaN and no infinity there."""
+
+    def __init__(self) -> None:
+        self.found: list[Diagnostic] = []
+
+    def value(self, machine: Machine, m: Terms, call: OpCall, k: int, ref: TensorRef) -> None:
+        native = machine.native.tensor(ref)
+        if self.found or native.is_complex() or bool(torch.isfinite(native).all()):
+            return
+        ids = m.ids(machine.value(m, ref))[~torch.isfinite(native)].numpy()
+        if m.nodes.clean[ids].any():
+            self.found.append(Diagnostic(
+                "REL016", f"{call.name} of the reference gives what is no finite number at the recorded inputs: a proof would say nothing",
+                "warning", machine.span(call), (machine.rank,), fix="give the reference inputs at which it is defined"))
+
+
+def prove_programs(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...],
+                   progress: Callable, lineages: Callable[[], Lineages]) -> Proof:
+    """Replay both sides in terms, with a field of this seed; `lineages` is asked when both are done."""
     claims = Claims(Store(), Dictionary(likely_factors(parallel)))
     terms = Terms(Field(seed), claims, symbols.total)
-    worlds = []
+    vacuity, worlds = Vacuity(), []
     for side, program in (("reference", reference), ("parallel", parallel)):
         terms.begin_side(side)
-        ref_n, ref_o = claims.store.n, len(terms.places)
         binder = Binder(symbols, [terms])
-        hooks = Hooks(symbol=binder.symbol, bind=binder.bind)
+        hooks = Hooks(symbol=binder.symbol, bind=binder.bind, value=vacuity.value if side == "reference" else None)
         worlds.append(replay(program, [terms], table, hooks, lambda f, side=side: progress("prove", side, f)))
-    comparison = Comparison(symbols, [terms], worlds[0], worlds[1], first)
+    comparison = Comparison(symbols, [terms], *worlds, lineages())
     comparison.run()
-    return Proof(terms, worlds[0], worlds[1], comparison, ref_n, ref_o)
+    diagnostics = [*vacuity.found, *_undecided(*worlds, terms, accept)]
+    proved = frozenset(key for key in comparison.compared if _is_proved(comparison, key))
+    places = Places(terms, reference, parallel)
+    reasons = {key: places.reason(comparison, key) for key in comparison.compared if key not in proved}
+    counts = {**claims.counts, "identifiers": claims.store.n, "failures": len(claims.failures)}
+    return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, counts)
+
+
+def _is_proved(comparison: Comparison, key: Key) -> bool:
+    """Whether every element that a rank holds is proved, and every element is held."""
+    c = comparison.compared[key]
+    return bool(c.pieces) and not c.missing and not c.problems and all(bool(p.equal["terms"].all()) for p in c.pieces)
+
+
+def _undecided(reference: World, parallel: World, terms: Terms, accept: tuple[str, ...]) -> list[Diagnostic]:
+    """A diagnostic for each place of decisions that do not follow from the reference's and are not accepted."""
+    machines = {m.rank: m for m in parallel.machines}
+    places: dict[tuple[str, str], tuple[set[int], object]] = {}
+    for rank, d in undecided(reference, parallel, terms):
+        span = machines[rank].span(d.call)
+        place = f"{span.file}:{span.line}" if span else ""
+        if not any(place and names_place(a, place) for a in accept):
+            places.setdefault((d.kind, place), (set(), span))[0].add(rank)
+    return [Diagnostic("REL017", f"a {words_of(kind)} is not proved to follow from the reference's decisions", "warning", span, tuple(sorted(ranks)),
+                       fix=f"make both sides decide by the same values, or accept it: --accept {place}")
+            for (kind, place), (ranks, span) in places.items()]
+
+
+class Places:
+    """Says where a proof stops."""
+
+    def __init__(self, terms: Terms, reference: Program, parallel: Program):
+        self._terms, self._programs = terms, (reference, parallel)
+
+    def reason(self, comparison: Comparison, key: Key) -> str:
+        for piece in comparison.compared[key].pieces:
+            open_ = np.flatnonzero(~piece.equal["terms"].numpy())
+            if open_.size:
+                return self._stop(int(self._terms.ids(piece.parallel["terms"]).reshape(-1)[open_[0]]))
+        return "no rank has all of it"
+
+    def _stop(self, i: int) -> str:
+        """The oldest operation below an identifier that is not known to be the reference's."""
+        store = self._terms.nodes
+        if i == GARBAGE:
+            return "its value has no meaning"
+        seen = {i}
+        while True:
+            code = int(store.code[i])
+            below = store.operands(code, store.definition(np.array([i]), code))[0] if code else np.zeros(0, np.int64)
+            below = below[store.is_open[below]]
+            if not below.size or int(below.min()) in seen:
+                break
+            i = int(below.min())
+            seen.add(i)
+        if not store.is_open[i]:
+            return "it is another value of the reference's"
+        rank, index, span = self._terms.places[int(store.origin[i])]
+        trace = self._programs[1].traces[rank]
+        where = f" ({trace.spans[span]})" if 0 <= span < len(trace.spans) else ""
+        return f"no proof that {trace.ops[index].name} on rank {rank} is the reference's{where}"

@@ -1,7 +1,8 @@
 """The verdict rules: what each output's evidence amounts to (trusted).
 
 REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains, or
-a NaN that the reference lacks. Equality in the field alone is UNKNOWN. A difference without a witness is UNKNOWN.
+a NaN that the reference lacks. PROVED needs equality in the field with nothing against it, and the kernel's proof. Equality in the
+field alone is UNKNOWN. A difference without a witness is UNKNOWN.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trainverify.diagnostics import Diagnostic
+from trainverify.engine.prove import Proof
 from trainverify.relate.compare import Compared, Piece
 
 EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with rounded constants
@@ -45,7 +47,7 @@ class Judgement:
         return self.compared.key
 
 
-def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
+def judge(first, second, diagnostics: list[Diagnostic], proof: Proof) -> list[Judgement]:
     """Judge every output of the reference. `first` and `second` are engine.analysis.Pass (second: None if nothing differed)."""
     threshold = ROUNDED if first.field.rounding or _rounded_data(first) else EXACT
     blocked = sorted({d.code for d in diagnostics if d.code in BLOCKING})
@@ -54,8 +56,18 @@ def judge(first, second, diagnostics: list[Diagnostic]) -> list[Judgement]:
     out = []
     for key, c in first.comparison.compared.items():
         again = second.comparison.compared[key] if second else None
-        out.append(_judge_one(c, again, threshold, blocked, opaque, bits))
+        j = _judge_one(c, again, threshold, blocked, opaque)
+        out.append(j if j.verdict else _proved_or_not(c, proof, bits))
     return out
+
+
+def _proved_or_not(c: Compared, proof: Proof, bits: int) -> Judgement:
+    """An output that is equal in the field, with nothing against it."""
+    if c.key in proof.proved:
+        return Judgement(c, "PROVED")
+    withheld = ", ".join(sorted({d.code for d in proof.diagnostics}))
+    why = f"see {withheld}" if withheld else proof.reasons.get(c.key, "")
+    return Judgement(c, "UNKNOWN", "", f"equal at 2 field points, error <= 2^-{bits}" + (f"; {why}" if why else ""))
 
 
 def _rounded_data(first) -> bool:
@@ -64,7 +76,7 @@ def _rounded_data(first) -> bool:
     return any(m.memory["real"].rounded or not all(map(first.field.is_const, m.scalars["field"].values())) for m in machines)
 
 
-def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], opaque: list[str], bits: int) -> Judgement:
+def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], opaque: list[str]) -> Judgement:
     wrongs, doubtful, unsure = [], 0, []
     for k, piece in enumerate(c.pieces):
         twin = again.pieces[k] if again is not None else None
@@ -95,7 +107,7 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
         return Judgement(c, "UNKNOWN", "REL001", f"{doubtful} elements differ in the field but no float64 witness was found", unsure=unsure)
     if blocked:
         return Judgement(c, "UNKNOWN", blocked[0], f"equal in the field, but see {', '.join(blocked)}")
-    return Judgement(c, "UNKNOWN", "", f"equal at 2 field points, error <= 2^-{bits}" if bits else "equal in the field")
+    return Judgement(c, "")
 
 
 def _differences(piece: Piece, twin: Piece | None, threshold: float, opaque: bool) -> tuple[Wrong | None, int]:

@@ -87,10 +87,11 @@ class Store:
     """Nodes with their definitions, cleanness and signs.
 
     Per identifier: `code` (the operation, see `ops`; 0: no definition), `row` (index in the arena of its width), `clean`, `sign`,
-    `is_constant` (a known rational, see `constants`), `origin` (the replayed call that made it; a number that only grows).
+    `is_constant` (a known rational, see `constants`), `is_open` (of the parallel side, and nothing of the
+    reference's by proof), `origin` (the replayed call that made it; a number that only grows).
     """
 
-    PER_NODE = (("code", np.int32), ("row", I64), ("clean", bool), ("sign", np.uint8), ("is_constant", bool), ("origin", np.int32))
+    PER_NODE = (("code", np.int32), ("row", I64), ("clean", bool), ("sign", np.uint8), ("is_constant", bool), ("is_open", bool), ("origin", np.int32))
 
     def __init__(self) -> None:
         self.n = 0
@@ -124,6 +125,7 @@ class Store:
         self._grow(first + n)
         at = slice(first, first + n)
         self.code[at], self.row[at], self.sign[at], self.clean[at], self.is_constant[at], self.origin[at] = 0, -1, sign, clean, False, self.now
+        self.is_open[at] = False
         self.n += n
         return first
 
@@ -169,7 +171,7 @@ class Store:
         clean, sign = self._judged(kind, attr, rows)
         first = self._allocate(len(rows), sign, clean)
         ids = np.arange(first, self.n)
-        self.code[ids] = code
+        self.code[ids], self.is_open[ids] = code, self.parallel
         self.row[ids] = np.arange(len(rows)) + self.arenas[self.ops[code][1]].append(code, rows, keys, ids)
         return ids
 

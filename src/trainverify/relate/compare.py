@@ -86,8 +86,8 @@ class Compared:
 class Comparison:
     """Compares the outputs of two replayed programs in every algebra that both were replayed in."""
 
-    def __init__(self, symbols: Symbols, algebras: list[Algebra], reference: World, parallel: World, like: Comparison | None = None):
-        """like: a comparison of the same programs whose lineages are to be confirmed here instead of found."""
+    def __init__(self, symbols: Symbols, algebras: list[Algebra], reference: World, parallel: World, like=None):
+        """like: whose lineages (`ref_lineage`, `lineage`, of the same programs) are to be confirmed here instead of found."""
         self.symbols, self.algebras = symbols, algebras
         self.reference, self.parallel = reference, parallel
         self.every = {m.name: m.symbols("all", 0, symbols.total) for m in algebras}

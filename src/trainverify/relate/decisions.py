@@ -38,12 +38,12 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             place = f"{span.file}:{span.line}" if span else ""
             prints = _prints(field, d)
             strange = prints - known.get(d.kind, set())
-            if _idle(machine, d):
+            if is_idle(machine, d):
                 continue
             if not strange:
                 _note_tie(out, machine, d, [gap for key, outcome, gap in _choices(field, d) if taken.get((d.kind, key), outcome) != outcome])
                 continue
-            if by := [a for a in accept if place and _names(a, place)]:
+            if by := [a for a in accept if place and names_place(a, place)]:
                 used.update(by)
                 accepted[place] = None
                 continue
@@ -51,7 +51,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             old = out.get(key)
             ranks = tuple(sorted({machine.rank, *(old.ranks if old else ())}))
             out[key] = Diagnostic(
-                "REL008", f"a {_words(d.kind)} is decided by values that decide nothing in the reference "
+                "REL008", f"a {words_of(d.kind)} is decided by values that decide nothing in the reference "
                 f"({len(strange)} of {len(prints)} operands)", "error", old.span if old else span, ranks,
                 (f"{d.call.name}; the reference decides by {len(known.get(d.kind, ()))} values of this kind",),
                 f"make both sides decide by the same values, or accept it: --accept {place}")
@@ -68,7 +68,7 @@ def _note_tie(out: dict[tuple, Diagnostic], machine: Machine, d: Decision, gaps:
     key = ("tie", d.kind, f"{span}")
     old = out.get(key)
     out[key] = old or Diagnostic(
-        "REL011", f"a {_words(d.kind)} of the same values as the reference's fell differently ({len(gaps)} of its choices): a tie up to rounding", "warning",
+        "REL011", f"a {words_of(d.kind)} of the same values as the reference's fell differently ({len(gaps)} of its choices): a tie up to rounding", "warning",
         span, (), tuple(dict.fromkeys(g for g in gaps[:2] if g)), "run with another --seed; outputs that depend on the choice may differ for this reason alone")
     out[key] = msgspec.structs.replace(out[key], ranks=tuple(sorted({machine.rank, *out[key].ranks})))
 
@@ -99,7 +99,7 @@ def _rows(name: str, prints: torch.Tensor, outcome: torch.Tensor, real: torch.Te
         yield np.sort(row).tobytes(), picked.tobytes(), gap
 
 
-def _idle(machine: Machine, d: Decision) -> bool:
+def is_idle(machine: Machine, d: Decision) -> bool:
     """Whether a maximum's position is looked at by nobody: max(dim) gives it with the value, which does not depend on it."""
     if d.kind not in ("argmax", "argmin"):
         return False
@@ -107,14 +107,14 @@ def _idle(machine: Machine, d: Decision) -> bool:
     return all(t.storage not in positions for call in machine.trace.ops for t in inputs(call))
 
 
-def _names(given: str, place: str) -> bool:
+def names_place(given: str, place: str) -> bool:
     """Whether the user's FILE:LINE (absolute, relative to the working folder, or the end of a path) is this place."""
     file, _, line = given.rpartition(":")
     short = os.path.normpath(file)
     return place in (f"{short}:{line}", f"{os.path.abspath(file)}:{line}") or place.endswith(f"/{short}:{line}")
 
 
-def _words(kind: str) -> str:
+def words_of(kind: str) -> str:
     return {"topk": "top-k choice", "cast": "cast to integer", "mask": "choice by a mask"}.get(kind, kind.replace("compare:", "comparison "))
 
 
