@@ -106,6 +106,6 @@ def contradicted(obligation: Obligation, leaves: tuple[Fraction, ...], model: Mo
 
 def _alarm(opinions: Opinions, opinion: Opinion) -> Diagnostic:
     at = ", ".join(f"x{k} = {v}" for k, v in enumerate(opinion.values) if v) or "all leaves 0"
-    return Diagnostic("SMT002", f"{opinions.solver} {opinions.version} has a counterexample to obligation {digest(opinion.obligation)}, which the kernel proved",
-                      "internal", notes=(f"the sides differ, or the parallel one is undefined, at {at[:500]}",),
+    message = f"{opinions.solver} {opinions.version} has a counterexample to obligation {digest(opinion.obligation)}, which the kernel proved"
+    return Diagnostic("SMT002", message, "internal", notes=(f"the sides differ, or the parallel one is undefined, at {at[:500]}",),
                       fix="Do not trust this verdict. Please report it with the obligation (--certificate holds it).")

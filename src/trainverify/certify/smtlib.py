@@ -157,8 +157,8 @@ class _Script:
     def _application(self, i: int, a: list[str]) -> str:
         n = self.declare(name_of(i))
         if self.functions:
-            name = self.declare(symbol(self.nodes[i].attr, len(a)), len(a))
-            self.fact(f"(= {n} {f'({name} {chr(32).join(a)})' if a else name})")
+            term = " ".join([self.declare(symbol(self.nodes[i].attr, len(a)), len(a)), *a])
+            self.fact(f"(= {n} ({term}))" if a else f"(= {n} {term})")
         return n
 
     def _max(self, i: int) -> str:
@@ -254,11 +254,11 @@ class _Script:
         return n
 
     def _facts_of_log(self) -> None:
-        """log undoes exp."""
-        if "real_log" in self.declared:
-            for i in self.order:
-                if self.nodes[i].kind == "exp":
-                    self.fact(f"(= (real_log {self.names[i]}) {self.names[self.nodes[i].args[0]]})")
+        """log undoes exp. Where a logarithm below is undefined, its exp is what stands under it, so the statement is made for positive values only."""
+        for i in self.order if "real_log" in self.declared else ():
+            if self.nodes[i].kind == "exp":
+                statement = f"(= (real_log {self.names[i]}) {self.names[self.nodes[i].args[0]]})"
+                self.fact(statement if i in self.assumed else f"(=> (> {self.names[i]} 0.0) {statement})")
 
     def _circle(self, x: str) -> None:
         sin, cos = (f"({self.declare(name, 1)} {x})" for name in ("real_sin", "real_cos"))

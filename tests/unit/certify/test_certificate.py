@@ -156,9 +156,9 @@ def test_an_obligation_that_does_not_hold(tmp_path):
     assert "the kernel does not prove it (definedness)" in rejections(tmp_path / "undefined")[0]
 
 
-@pytest.mark.parametrize("ob", [Obligation((Node("leaf", 0, ()),), 0, -1), Obligation((Node("leaf", 0, ()),), 5, 0), Obligation((Node("leaf", 0, ()),), 0, 0, ((3, POSITIVE),))])
-def test_roots_that_do_not_exist(tmp_path, ob):
-    write_certificate(tmp_path / "f", [ob])
+@pytest.mark.parametrize("claim", [(0, -1), (5, 0), (0, 0, ((3, POSITIVE),))])
+def test_roots_that_do_not_exist(tmp_path, claim):
+    write_certificate(tmp_path / "f", [Obligation((Node("leaf", 0, ()),), *claim)])
     assert "roots are malformed" in rejections(tmp_path / "f")[0]
 
 

@@ -47,7 +47,8 @@ def example():
 def test_files(tmp_path):
     ob, w = example(), World()
     other = w.claim(w.leaf("x"), w.leaf("x") + w.leaf("y"))
-    items = [Item(ob, "train.py:31", "definedness"), Item(other, "train.py:40", "budget"), Item(ob, "train.py:44", "budget"), Item(ob, "train.py:31", "definedness")]
+    first = Item(ob, "train.py:31", "definedness")
+    items = [first, Item(other, "train.py:40", "budget"), Item(ob, "train.py:44", "budget"), first]
     written = dump_unknown(tmp_path / "new" / "folder", items)
     assert [p.name for p in written] == [digest(o) + suffix for o in (ob, other) for suffix in (".txt", ".smt2")]
     assert sorted(written) == sorted((tmp_path / "new" / "folder").iterdir())

@@ -140,7 +140,8 @@ def test_opinions_do_not_depend_on_order(solver, right):
 def test_summary():
     w = World()
     ob = w.claim(w.leaf("x"), w.leaf("x"))
-    opinions = Opinions("z3", "5.4.0", (Opinion(ob, "agrees"), Opinion(ob, "no answer", "limit"), Opinion(ob, "no answer", "theory"), Opinion(ob, "no answer", "limit")))
+    limit, theory = Opinion(ob, "no answer", "limit"), Opinion(ob, "no answer", "theory")
+    opinions = Opinions("z3", "5.4.0", (Opinion(ob, "agrees"), limit, theory, limit))
     assert opinions.summary() == ("z3 5.4.0 re-proved 1 of 4 obligations; no answer on 3 (2 at the limit of their effort, "
                                   "1 outside the theory (exp, log, sin, cos, high powers))")
 

@@ -162,6 +162,10 @@ def test_logarithms_that_only_the_parallel_side_has():
         assert not isinstance(prove(ob), Proved)
         for name in ("z3", "cvc5"):
             assert load(name).run(script(ob), SMALL).status != "unsat"
+    z = w.leaf("z", NONNEGATIVE)                      # z = 0 is the only mistake here, and y = 0 none
+    ob = w.claim(1 / y, 1 / y + 0 * w.log(w.exp(w.log(z) + y)))
+    assert not isinstance(prove(ob), Proved)
+    assert load("z3").run(script(ob), SMALL).status != "unsat" and load("cvc5").run(script(ob), SMALL).status != "unsat"
     assert isinstance(prove(w.claim(y * w.exp(-w.log(x)) * x, y)), Proved)
     assert load("z3").run(script(w.claim(y * w.exp(-w.log(x)) * x, y)), SMALL).status == "unsat"
 
