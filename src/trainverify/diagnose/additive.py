@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from trainverify.diagnose.relation import Relation, Relations, due_places, output_words, ratio
-from trainverify.diagnose.terms import Term
+from trainverify.diagnose.terms import MOST_TERMS, Term
 from trainverify.diagnose.watch import GOOD
+from trainverify.diagnose.words import ranks_text
 from trainverify.relate.compare import Compared, Piece
 
 LOOKED_AT = 4
@@ -45,23 +46,51 @@ class Sums:
 
     # ---- weights
     def _weighed(self, c: Compared, p: Piece) -> Relation | None:
-        shares = self.shares(c, p)
-        if shares is None or len(shares.terms) < 2:
-            return None
-        due = self._solve(shares, p.reference)
-        here = self._solve(shares, p.parallel) if due is not None else None
-        if due is None or here is None or not all(here):
-            return None
-        factors = [a / b for a, b in zip(due, here)]
-        if len(set(factors)) == 1:
-            return None
-        usual = [f for f in factors if f != 0]
-        if 0 in factors and len(set(usual)) == 1:
-            extra = [t for t, f in zip(shares.terms, factors) if f == 0]
-            places = ", ".join(dict.fromkeys(self._when(t.node, c.key[2]) + self._place(t.node) for t in extra))
-            return Relation("additive term", "REL014", f"parallel = reference + a term made {places}", detail=f"a term too many: made {places}")
-        labels = tuple((label, f) for its, f in zip(shares.labels, factors) for label in its)
-        return Relation("reweighted", "REL013", self._weights_text(shares, here, due), ratio=labels)
+        for wide in (False, True):            # its own terms, then also what other ranks and microbatches made
+            shares = self.shares(p, wide)
+            if shares is None or len(shares.terms) < (1 if wide else 2):
+                continue
+            due = self._solve(shares, p.reference)
+            here = self._solve(shares, p.parallel) if due is not None else None
+            if due is not None and here is not None and due != here:
+                return self._compared(c, p, shares, here, due)
+        return None
+
+    def _compared(self, c: Compared, p: Piece, shares: Shares, here: list[Fraction], due: list[Fraction]) -> Relation | None:
+        """What two sets of weights of the same terms amount to."""
+        missing = [i for i, (a, b) in enumerate(zip(here, due)) if not a and b]
+        extra = [i for i, (a, b) in enumerate(zip(here, due)) if a and not b]
+        factors = {b / a for a, b in zip(here, due) if a and b}
+        labels = tuple((label, b / a) for its, a, b in zip(shares.labels, here, due) if a for label in its)
+        if len(factors) > 1:
+            uneven = len(set(here)) > len(set(due))   # the terms are right, and added wrongly
+            culprit = max((i for i, b in enumerate(due) if b), key=lambda i: abs(here[i] / due[i]))
+            return Relation("reweighted", "REL013", self._weights_text(shares, here, due), ratio=labels, at=shares.terms[culprit].taken if uneven else None,
+                            same=("reweighted", labels))
+        same = (tuple(shares.labels[i][0] for i in missing), tuple(shares.labels[i][0] for i in extra))
+        lost, more = self._made(c, shares, missing), self._made(c, shares, extra)
+        own = [t.taken for t, a in zip(shares.terms, here) if a and t.rank == p.rank and t.taken is not None]
+        if missing and extra:
+            return Relation("stale", "REL015", f"parallel has {more} in place of {lost}", detail=f"value of other shares: {more} in place of {lost}",
+                            at=shares.terms[extra[0]].taken, same=("stale", same))
+        if extra:
+            return Relation("additive term", "REL014", f"parallel = reference + {more}", detail=f"a term too many: {more}",
+                            at=shares.terms[extra[0]].taken, same=("additive term", same))
+        if missing and p.rank not in {shares.terms[i].rank for i in missing}:
+            return Relation("partial sum", "REL002", f"reference = parallel + {lost}", detail=lost, at=own[-1] if own else None, same=("partial sum", len(missing)))
+        if missing:
+            return Relation("additive term", "REL014", f"reference = parallel + {lost}", detail=f"a term is missing: {lost}", at=own[-1] if own else None,
+                            same=("additive term", same))
+        return None
+
+    def _made(self, c: Compared, shares: Shares, which: list[int]) -> str:
+        """"share 2 of ranks 0-1, made at model.py:57 (backward)" """
+        ranks: dict[tuple, list[int]] = defaultdict(list)     # (number, place) -> ranks
+        for i in which:
+            (rank, number), node = shares.labels[i][0], shares.terms[i].node
+            ranks[(number + 1, self._when(node, c.key[2]) + self._place(node, False))].append(rank)
+        told = [f"share {number} of {ranks_text(its)}, made {place}" if self.names.world > 1 else f"share {number}, made {place}" for (number, place), its in ranks.items()]
+        return " and ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
     def _solve(self, shares: Shares, target) -> list[Fraction] | None:
         """Rational weights with target == sum of weight x term, exactly in the field."""
@@ -69,7 +98,7 @@ class Sums:
         matrix = torch.stack(shares.real, 1)
         n, k = matrix.shape
         size = matrix.abs().max(0).values
-        if n < k or not bool(torch.isfinite(matrix).all()) or not bool((size > 0).all()):
+        if not k or n < k or not bool(torch.isfinite(matrix).all()) or not bool((size > 0).all()):
             return None
         got = torch.linalg.lstsq(matrix / size, real[:, None], driver="gelsd")
         if int(got.rank) < k:
@@ -88,7 +117,7 @@ class Sums:
         """Whether an output (a loss) is wrong by the same weights as others that a relation was found for."""
         factors = dict(known.ratio)
         for p in [p for p in c.pieces if p.wrong("field")][:LOOKED_AT]:
-            shares = self.shares(c, p)
+            shares = self.shares(p)
             if shares is None or any(label not in factors for its in shares.labels for label in its):
                 return False
             weights = [factors[its[0]] for its in shares.labels]
@@ -104,9 +133,15 @@ class Sums:
         here = float(p.parallel["real"].t.sum())
         return [Fraction(here / total).limit_denominator(4096)] if total and math.isfinite(here / total) else []
 
-    def shares(self, c: Compared, p: Piece) -> Shares | None:
-        """The terms of a piece with their values, equal ones together; None if they are not known."""
+    def shares(self, p: Piece, wide: bool = False) -> Shares | None:
+        """The terms of a piece with their values, equal ones together; None if they are not known. wide: and what might be terms."""
         terms = self._terms(p)
+        if wide:
+            more = self.watch.others.get((p.recorded.rank, p.recorded.call.index), [])
+            if not terms or not more or len(terms) + len(more) > MOST_TERMS:
+                return None
+            known = {t.key for t in terms}
+            terms = sorted([*terms, *(t for t in more if t.key not in known)], key=lambda t: (t.rank, t.node))
         number: dict[int, int] = defaultdict(int)
         found: dict[bytes, int] = {}
         out = Shares([], [], [], [])
@@ -121,6 +156,8 @@ class Sums:
             if not len(p.at) or int(p.at.max()) >= n:
                 return None
             value = self.field.take([held["field"]], at + 1)
+            if self.field.is_const(value) and not bool(held["real"].t.any()):
+                continue                      # what a sum began with
             key = self.field.fingerprint(value).numpy().tobytes()
             if key in found:
                 out.labels[found[key]].append(label)
@@ -213,12 +250,12 @@ class Sums:
         span = self.watch.flow.span(node)
         return f"in step {span.step} at " if span is not None and 0 < span.step < step else "at "
 
-    def _place(self, node) -> str:
+    def _place(self, node, ranks: bool = True) -> str:
         span = self.watch.flow.span(node)
         name = self.watch.flow.call(node).name
         if span is None or not span.file:
             return name
-        return f"{span}" + (" (backward)" if span.phase == "backward" else "") + (f" on rank {node[0]}" if self.names.world > 1 else "")
+        return f"{span}" + (" (backward)" if span.phase == "backward" else "") + (f" on rank {node[0]}" if ranks and self.names.world > 1 else "")
 
 
 def _additive(missing: Fraction, words: str) -> Relation:

@@ -20,6 +20,7 @@ class Dataflow:
         self._sender: dict[Node, Node] = {}
         self._scalars: dict[tuple[int, int], int] = {}
         self._works: dict[Node, Node] = {}        # wait -> the receive that it completed
+        self._places: dict[tuple[int, tuple], list[int]] = {}
         self._nth: dict[tuple, int] = {}
         self._place: dict[Node, tuple] = {}
         self._producers: dict[Node, list[Node]] = {}
@@ -89,6 +90,19 @@ class Dataflow:
     def sender(self, node: Node) -> Node | None:
         """The send that a receive (or the wait that completed it) got its value from."""
         return self._sender.get(node)
+
+    def place(self, node: Node) -> tuple | None:
+        """What calls of the same line in the same step share."""
+        span = self.span(node)
+        return None if span is None or not span.file else (self.call(node).name, span.file, span.line, span.module, span.phase, span.step)
+
+    def at_place(self, rank: int, place: tuple) -> list[int]:
+        if not self._places:
+            for r, ops in self.calls.items():
+                for call in ops:
+                    if (p := self.place((r, call.index))) is not None:
+                        self._places.setdefault((r, p), []).append(call.index)
+        return self._places.get((rank, place), [])
 
     def delivered(self, node: Node) -> Node:
         """The communication that a wait completed; any other call itself."""

@@ -143,6 +143,10 @@ class Diagnosis:
                 self.explained.update(dict.fromkeys(fresh, known))
                 continue
             relation = self._relation(fresh) if self.sure else unsure([self.by_key[k] for k in fresh])
+            twin = next((i for i, r in enumerate(self.related) if relation.same and r.same == relation.same), None)
+            if twin is not None:
+                self.explained.update(dict.fromkeys(fresh, twin))
+                continue
             self.sources.append(set(origin.nodes))
             late = self._late(origin, relation, fresh)
             self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late), relation, fresh)
@@ -174,7 +178,7 @@ class Diagnosis:
         """The simplest relation that holds for one of these outputs, before clipping where that is known."""
         order = sorted(keys, key=lambda k: (ORDER.get(k[0], 9), k[2], k[1]))
         seen = [c for k in order[:MOST_RELATED] for c in (self.raw.get(k), self.by_key[k].compared) if c is not None]
-        for find in (self.relations.simple, self.sums.of):
+        for find in (self.relations.simple, self.sums.of, self.relations.inside):
             for c in seen:
                 got = find(c)
                 if got is not None and got.kind != "other":

@@ -1,6 +1,7 @@
 """Puts one cause into words: the line to look at first, what is wrong there, and where it goes from there (not trusted)."""
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 from trainverify.diagnose.dataflow import Dataflow, Node
@@ -42,10 +43,11 @@ class Writer:
         if brought:
             message = FIRST_CONSTANT if relation is OTHER else message
         used = self._used_whole(late or [node])
-        place = used[0] if late and used else brought[0] if brought else node
-        if late and used:
+        place = used[0] if late and used else brought[0] if brought else relation.at or node
+        if late and used or relation.at is not None:
             node = place
-        after = [self.flow.span(n) for n in (*brought[1:2], *([node] if brought else []), *used)]
+        after = [self.flow.span(n) for n in (*brought[1:2], *([origin.node] if place != origin.node else []),
+                                              *([self.search.mixed[node]] if node in self.search.mixed else []), *used)]
         span = self.flow.span(place)
         return Finding(
             Diagnostic(relation.code, message, "error" if sure else "warning", span, tuple(sorted(origin.ranks)),
@@ -75,10 +77,14 @@ class Writer:
         kinds = [j.key[0] for j in judgements]
         what = next((NOUNS.get(k, "value") for k in ("gradient", "parameter", "buffer", "state") if k in kinds), judgements[0].key[1])
         if relation.kind == "multiple":
+            own = "a value of the reference" in relation.text         # said of the operation's own result, not of the outputs
             named = f" ({relation.factor} = {relation.detail})" if relation.detail else ""
-            return f"{what} is zero where the reference's is not" if relation.factor == 0 else f"{what} is {relation.factor} x the reference{named}"
+            if relation.factor == 0:
+                return f"{what} is zero where the reference's is not"
+            return f"{'result' if own else what} is {relation.factor} x the reference" + ("'s" if own else "") + named
         return {
-            "partial sum": f"{what} is one rank's share: the sum over {relation.detail} is missing",
+            "partial sum": f"{what} is a part of the sum: {relation.detail} is missing" if relation.same else
+                           f"{what} is one rank's share: the sum over {relation.detail} is missing",
             "never updated": f"{what} is never updated on these ranks",
             "stale": f"{what} is stale: the reference's {relation.detail}",
             "permutation": f"{what} holds the reference's elements {relation.detail}",
@@ -98,15 +104,36 @@ class Writer:
         return partial(self.names, Fraction(1), group) if group is not None else None
 
     def _constants(self, origin: Origin, relation: Relation) -> list[Node]:
-        """Where a constant that the reference lacks comes from: one that the operations of this origin combine with right values, or,
-        where shares are weighed wrongly, one that meets any wrong value."""
+        """Where a constant that the reference lacks comes from: the one by which shares are weighed wrongly, or one that the operations
+        of this origin combine with right values."""
+        if relation.kind == "reweighted":
+            return self._weight(dict(relation.ratio))
         own = self.flow.span(origin.node)
         out = []
-        for n in self.search.constants(self.search.region if relation.kind == "reweighted" else origin.nodes):
+        for n in self.search.constants(origin.nodes):
             span = self.flow.span(n)
             if span is not None and span.file and span.phase != "setup" and (own is None or (span.file, span.line) != (own.file, own.line)):
                 out.append(n)
         return out[:2]
+
+    def _weight(self, ratio: dict[tuple[int, int], Fraction]) -> list[Node]:
+        """The first place whose constants, one for each term, are off by just the factors by which the terms are."""
+        places: dict[tuple, list[Node]] = {}
+        for n in sorted(self.search.watch.numbers, key=lambda n: (n[1], n[0])):
+            span = self.flow.span(n)
+            if span is not None and span.file and span.phase != "setup":
+                places.setdefault((span.file, span.line, span.step, self.flow.call(n).name), []).append(n)
+        for nodes in places.values():
+            number: dict[int, int] = {}
+            products = []
+            for rank, index in sorted(nodes):
+                label = (rank, number.get(rank, 0))
+                number[rank] = label[1] + 1
+                if label in ratio:
+                    products.append(self.search.watch.numbers[(rank, index)] * float(ratio[label]))
+            if len(products) == len(ratio) and 0 < min(products) < math.inf and max(products) <= min(products) * (1 + 1e-9):
+                return [nodes[0]]
+        return []
 
     def _arrived(self, origin: Origin) -> tuple[str, ...]:
         """The last communication that an operand of a wrong result of right values came through: it may have brought the wrong part."""

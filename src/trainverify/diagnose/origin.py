@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trainverify.diagnose.dataflow import Dataflow, Node
+from trainverify.diagnose.terms import SUMS
 from trainverify.diagnose.watch import CONSTANT, GOOD, OPEN, Watch
 from trainverify.ir.trace import ScalarRef, TensorRef
 
@@ -30,6 +31,7 @@ class Search:
     def __init__(self, flow: Dataflow, watch: Watch):
         self.flow, self.watch = flow, watch
         self.region: set[Node] = set()        # all that was found to disagree
+        self.mixed: dict[Node, Node] = {}     # a multiple -> the sum of it and a right value
 
     def status(self, node: Node) -> str:
         """Of what a node delivers; a receive and a tracked scalar have the status of what they were made from."""
@@ -51,7 +53,7 @@ class Search:
         found = self._walk(starts, lambda n: self.status(n) == want, seen)
         found = found or self._walk(starts, lambda n: self.status(n) not in (GOOD, CONSTANT), seen)
         self.region |= seen
-        return self._superfluous(seen) or found
+        return self._superfluous(seen) or self._mixed(found)
 
     def _superfluous(self, region: set[Node]) -> set[Node]:
         """Collectives that made a multiple of the reference out of right values, and feed the wrong region."""
@@ -59,6 +61,20 @@ class Search:
         sources = self._walk(scaled, lambda n: self.status(n).startswith("x "))
         return {s for s in sources if self.flow.call(s).collective is not None and self.flow.call(s).collective.kind != "send"
                 and all(self.status(p) == GOOD for p in self.flow.producers(s))}
+
+    def _mixed(self, found: set[Node]) -> set[Node]:
+        """Where a sum of a right value and a multiple of a right one is what is wrong, the multiple is: the collectives that made it."""
+        out: set[Node] = set()
+        for n in found:
+            producers = self.flow.producers(n)
+            kinds = {self.status(p) for p in producers}
+            multiples = [p for p in producers if self.status(p).startswith("x ")]
+            made: set[Node] = set()
+            if len(kinds) == 2 and GOOD in kinds and multiples and self.flow.call(n).name.split(".")[1] in SUMS:
+                made = {s for s in self._walk(multiples, lambda n: self.status(n).startswith("x ")) if self.flow.call(s).collective is not None}
+            self.mixed.update(dict.fromkeys(made, n))
+            out |= made or {n}
+        return out
 
     def constants(self, nodes) -> list[Node]:
         """Where constants that these calls read, and that the reference does not have, were made."""

@@ -22,7 +22,8 @@ UPDATED = ("parameter", "buffer", "state")
 @dataclass(frozen=True, slots=True)
 class Relation:
     """kind: the class of the finding; text the statement in algebra; factor of a multiple; ranks: the group of a partial sum; ratio: of
-    reweighted terms, by (rank, number), how much more the reference counts each."""
+    reweighted terms, by (rank, number), how much more the reference counts each; at: the call that adds what should not be added; same: what relations of other
+    outputs with the same cause have in common."""
 
     kind: str
     code: str
@@ -31,6 +32,8 @@ class Relation:
     ranks: tuple[int, ...] = ()
     detail: str = ""
     ratio: tuple[tuple[tuple[int, int], Fraction], ...] = ()
+    at: tuple[int, int] | None = None
+    same: tuple = ()
 
 
 OTHER = Relation("other", "REL001")
@@ -94,8 +97,9 @@ class Relations:
 
     def _partial(self, c: Compared) -> Relation | None:
         """c such that the sum over a group's pieces is c x reference (1: exactly one reduction is missing)."""
+        wrong = {p.rank for p in c.pieces if p.wrong("field")}
         for group in sorted(self.names.groups, key=len):
-            got = _sum_over(self.field, c.pieces, group)
+            got = _sum_over(self.field, c.pieces, group) if set(group) <= wrong else None
             if got is not None:
                 return partial(self.names, got, group)
         return None
@@ -142,6 +146,15 @@ class Relations:
             if self.comparison.compared[key].reference.values and all(self._on_shelf(key, x) for x in prints):
                 return self._moved(c, key, wrong[0], prints[0])
         return None
+
+    def inside(self, c: Compared) -> Relation:
+        """Every element is one of some result inside the reference, which is no output of it."""
+        wrong = [p for p in c.pieces if p.wrong("field")][:LOOKED_AT]
+        homes = [self.watch.home(self.field.fingerprint(p.parallel["field"]).reshape(-1).numpy()) for p in wrong]
+        if not homes or any(h is None or h[0] != homes[0][0] for h in homes):
+            return OTHER
+        words = self.home_words(homes[0][0])
+        return Relation("other tensor", "REL012", f"parallel = values of {words}", detail=f"of {words}")
 
     def _on_shelf(self, key: Key, prints: np.ndarray) -> bool:
         held, _ = self._held(key)

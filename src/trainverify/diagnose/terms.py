@@ -20,11 +20,12 @@ SAME = {"copy_", "_foreach_copy_", "clone", "_to_copy", "detach", "alias", "neg"
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One addend: the region where it stands on `rank` once the call has run."""
+    """One addend: the region where it stands on `rank` once the call has run, and the call that adds it to others."""
 
     rank: int
     node: Node
     ref: TensorRef
+    taken: Node | None = None
 
     @property
     def key(self) -> tuple[int, int, TensorRef]:
@@ -34,21 +35,44 @@ class Term:
 def addends(flow: Dataflow, rank: int, ref: TensorRef, before: int) -> list[Term]:
     """The terms of what a region holds before a call, [] if some cannot be named. A value that is no sum is its own only term."""
     out: dict[tuple, Term] = {}
-    stack, steps = [(rank, ref, before)], 0
+    stack, steps = [(rank, ref, before, None)], 0
     while stack:
         steps += 1
-        rank, ref, before = stack.pop()
+        rank, ref, before, taken = stack.pop()
         found = flow.writer(rank, ref, before)
         if not found or len(out) > MOST_TERMS or steps > MOST_CALLS:
             return []
         node = found[0]
         parts = _parts(flow, node, ref) if len(found) == 1 else None
         if parts is None:
-            term = Term(rank, flow.delivered(node), ref)
+            term = Term(rank, flow.delivered(node), ref, taken)
             out.setdefault((*term.key, len(out)), term)
         else:
-            stack += parts
+            if len(parts) > 1 or flow.call(node).collective is not None:
+                taken = node
+            stack += [(*part, taken) for part in parts]
     return sorted(out.values(), key=lambda t: (t.rank, t.node))
+
+
+def siblings(flow: Dataflow, terms: list[Term], ranks: list[int]) -> list[Term]:
+    """What the same lines made in the same step, on these ranks, and that is no term: other microbatches' values, say."""
+    known = {t.key for t in terms}
+    out: list[Term] = []
+    for t in terms:
+        target = next((x for x in flow.call(t.node).targets() if x.storage == t.ref.storage and _holds(x, t.ref)), None)
+        place = flow.place(t.node)
+        for rank in ranks if target is not None and place is not None else ():
+            for index in flow.at_place(rank, place):
+                for other in flow.calls[rank][index].targets():
+                    if (other.size, other.stride, other.dtype) == (target.size, target.stride, target.dtype):
+                        ref = TensorRef(other.storage, other.offset + t.ref.offset - target.offset, t.ref.size, t.ref.stride, t.ref.dtype)
+                        term = Term(rank, (rank, index), ref)
+                        if term.key not in known:
+                            known.add(term.key)
+                            out.append(term)
+        if len(known) > MOST_TERMS:
+            return []
+    return out
 
 
 def _parts(flow: Dataflow, node: Node, ref: TensorRef) -> list[tuple[int, TensorRef, int]] | None:
@@ -179,8 +203,8 @@ def stages(flow: Dataflow, rank: int, ref: TensorRef, before: int) -> list[Stage
             break
         ref, before = moved, call.index
         if base in SCALED:
-            if not numbers and (len(tensors) != 2 or tensors[1].size != ()):
-                break
+            if not numbers and (len(tensors) != 2 or tensors[1].size != () or "float" not in tensors[1].dtype):
+                break                         # by a plain number, or a count
             factors = tuple(n for t in tensors[1:] for n in flow.writer(rank, t, call.index)[:1])
             made = flow.writer(rank, ref, before)
             if not made:

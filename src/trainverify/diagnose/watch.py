@@ -14,7 +14,7 @@ import torch
 from trainverify.algebra.base import Complex
 from trainverify.algebra.fieldvalue import is_garbage
 from trainverify.diagnose.dataflow import Dataflow, Node
-from trainverify.diagnose.terms import Stage, Term, addends, stages
+from trainverify.diagnose.terms import Stage, Term, addends, siblings, stages
 from trainverify.diagnose.words import Names, names_of
 from trainverify.ir.trace import Program, TensorRef
 from trainverify.replay.memory import is_float
@@ -46,10 +46,12 @@ class Watch:
     status: dict[Node, str] = field(default_factory=dict)
     values: dict[Node, object] = field(default_factory=dict)
     printed: dict[Node, list[tuple[TensorRef, np.ndarray]]] = field(default_factory=dict)
+    numbers: dict[Node, float] = field(default_factory=dict)               # the largest absolute value of what holds no symbol
     nan: set[Node] = field(default_factory=set)
     garbage: set[Node] = field(default_factory=set)
     constant: dict[str, set[Node]] = field(default_factory=lambda: {"reference": set(), "parallel": set()})   # calls whose results hold no symbol
     terms: dict[Node, list[Term]] = field(default_factory=dict)            # of the value that a tv.output of the parallel program names
+    others: dict[Node, list[Term]] = field(default_factory=dict)           # what might have been terms of it, too
     stages: dict[tuple[str, Node], list[Stage]] = field(default_factory=dict)   # (side, tv.output) -> the value before it was clipped
     regions: dict[tuple, dict[str, object]] = field(default_factory=dict)  # (side, rank, call, ref) -> a term's value per algebra
     zero: int = 0                             # the fingerprint of 0, which is everywhere
@@ -117,6 +119,9 @@ class Watch:
             self.stages[(side, node)] = earlier
         if side == "parallel" and self._keep(side, terms := addends(flow, rank, call.args[3], call.index)):
             self.terms[node] = terms
+            others = siblings(flow, terms, [t.rank for t in self.parallel.traces])
+            if others and self._keep(side, others):
+                self.others[node] = others
 
     def _keep(self, side: str, terms: list[Term]) -> bool:
         """Have the replay keep these values, if there is room."""
@@ -217,6 +222,8 @@ class Watch:
         if len(prints) <= self._room[1]:
             self._room[1] -= len(prints)
             self.printed.setdefault(node, []).append((ref, prints))
+        if m.is_const(v) and len(prints):
+            self.numbers[node] = float(m.to_float(v).abs().max())
         if old not in (GOOD, CONSTANT):
             return
         status = GOOD

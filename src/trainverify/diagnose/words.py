@@ -110,6 +110,10 @@ def index_map(held: np.ndarray, due: np.ndarray, shape: tuple[int, ...]) -> str:
     return f"element {at_text(want[:, k])} is the reference's {at_text(at[:, k])}"
 
 
+def ranks_text(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {sorted(set(ranks))}"
+
+
 def at_text(index) -> str:
     return "[" + ", ".join(str(int(i)) for i in index) + "]"
 

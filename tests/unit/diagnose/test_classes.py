@@ -229,7 +229,7 @@ def test_gradients_that_are_not_zeroed():
     def kept(model, data, optimizer):
         losses(model, data["x"], data["labels"]).backward()
         optimizer.step()
-    finding(verify(kept, steps=2), "additive term", "a term too many: made in step 1 at")
+    finding(verify(kept, steps=2), "additive term", "a term too many: share 1, made in step 1 at")
 
 
 def test_weight_decay_that_the_reference_lacks():
