@@ -1,0 +1,19 @@
+"""Correct programs made at random do not alarm: every output equals the reference, and nothing is at fault."""
+from __future__ import annotations
+
+import pytest
+
+import trainverify as tv
+
+QUICK, ALL = (5, 8, 11, 19), range(40)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in ALL])
+def test_a_generated_correct_program_does_not_alarm(seed: int):
+    from generated import program                # torch is loaded when a test runs, not when tests are collected
+
+    reference, parallel, ranks, words = program(seed)
+    report = tv.verify(reference, parallel, ranks=ranks)
+    wrong = [(o.kind, o.name, o.step, o.verdict, o.reason) for o in report.outputs if o.verdict != "PROVED" and not o.reason.startswith("equal at")]
+    assert report.outputs and wrong == [], words
+    assert report.verdict in ("PROVED", "UNKNOWN") and not [d for d in report.diagnostics if d.severity in ("error", "internal")], words
