@@ -254,11 +254,12 @@ class _Script:
         return n
 
     def _facts_of_log(self) -> None:
-        """log undoes exp. Where a logarithm below is undefined, its exp is what stands under it, so the statement is made for positive values only."""
+        """log undoes exp. Where a logarithm in the exponent is undefined, its exp is what stands under it: then only if that is positive."""
         for i in self.order if "real_log" in self.declared else ():
             if self.nodes[i].kind == "exp":
                 statement = f"(= (real_log {self.names[i]}) {self.names[self.nodes[i].args[0]]})"
-                self.fact(statement if i in self.assumed else f"(=> (> {self.names[i]} 0.0) {statement})")
+                doubtful = any(self.nodes[k].kind == "log" and k not in self.assumed for k in self._multiples(self.nodes[i].args[0]))
+                self.fact(f"(=> (> {self.names[i]} 0.0) {statement})" if doubtful else statement)
 
     def _circle(self, x: str) -> None:
         sin, cos = (f"({self.declare(name, 1)} {x})" for name in ("real_sin", "real_cos"))

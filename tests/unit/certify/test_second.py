@@ -18,7 +18,7 @@ from trainverify.kernel import NONNEGATIVE, POSITIVE, Proved, Refuted, prove
 from trainverify.kernel.rename import canonical
 
 # solver: limit for right obligations and how many are re-proved with it; limit for wrong ones and how many counterexamples it finds at least
-SOLVERS = {"z3": (500_000, 49, 50_000, 12), "cvc5": (5_000, 30, 5_000, 5)}
+SOLVERS = {"z3": (500_000, 48, 50_000, 12), "cvc5": (5_000, 30, 5_000, 5)}
 WITH = pytest.mark.parametrize("solver", SOLVERS)
 
 
