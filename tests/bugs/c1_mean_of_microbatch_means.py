@@ -15,7 +15,7 @@ BUG = {"id": "C1", "link": "https://github.com/huggingface/transformers/pull/341
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 def loss_function(logits, labels, items):

@@ -12,7 +12,7 @@ BUG = {"id": "C8", "link": "https://github.com/ml-explore/mlx-lm/pull/1413", "di
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 def parallel(ref, fixed=False):

@@ -28,7 +28,7 @@ def policy_gradient(model, batch):
 
 def reference():
     torch.manual_seed(1)
-    batch = make_batch(rows=12)
+    batch = make_batch(rows=12, length=10)
     batch |= {"advantages": torch.randn(batch["labels"].shape), "old_log_probs": -3 + 0.3 * torch.randn(batch["labels"].shape)}
     return single(loss=lambda model, batch: agg_loss(policy_gradient(model, batch), batch["labels"] != IGNORE), batch=batch)
 

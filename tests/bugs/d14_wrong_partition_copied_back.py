@@ -3,7 +3,7 @@ model's parameters. Dense parameters are partitioned over all ranks and experts 
 expert-data group, was used for both: most dense partitions were overwritten by another's update or never updated."""
 import torch
 import torch.distributed as dist
-from kit import EP_SHARDS, EpMoe, Moe, Net, adamw, clip_sharded, load, loss_of, mesh_of, rows_of, sharded, single, total, training, valid
+from kit import EP_SHARDS, EpMoe, Moe, Net, adamw, clip_sharded, load, loss_of, make_batch, mesh_of, rows_of, sharded, single, total, training, valid
 from torch.nn.utils import parameters_to_vector
 
 RANKS = 6
@@ -12,7 +12,7 @@ BUG = {"id": "D14", "link": "https://github.com/deepspeedai/DeepSpeed/pull/2058"
 
 
 def reference():
-    return single(lambda: Net(Moe))
+    return single(lambda: Net(Moe), batch=make_batch(rows=12, length=10))
 
 
 class Partitioned:

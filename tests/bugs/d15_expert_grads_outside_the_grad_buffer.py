@@ -5,13 +5,13 @@ import torch.distributed as dist
 from kit import (EP_SHARDS, EpMoe, Moe, Net, adamw, clip_sharded, load, loss_of, make_batch, mesh_of, rows_of, sharded, single, total, training,
                  valid)
 
-RANKS = 4
+RANKS = 6
 BUG = {"id": "D15", "link": "https://github.com/NVIDIA/Megatron-LM/issues/565", "diagnosis": "never updated",
        "line": "p.main_grad = torch.zeros_like(p)", "also": ["self.optimizer.step()", "p.main_grad.add_(p.grad)"]}
 
 
 def reference():
-    return single(lambda: Net(Moe), batch=make_batch(rows=8))
+    return single(lambda: Net(Moe), batch=make_batch(rows=12, length=10))
 
 
 class GradBuffer:
@@ -64,7 +64,7 @@ class DistributedOptimizer:
 
 
 def parallel(ref, fixed=False):
-    mesh = mesh_of(expert_dp=2, ep=2)
+    mesh = mesh_of(expert_dp=3, ep=2)
     expert_dp, ep = mesh.get_group("expert_dp"), mesh.get_group("ep")
     model = load(Net(lambda: EpMoe(ep)), ref.weights, ep, EP_SHARDS)
     experts = sharded(model, EP_SHARDS)

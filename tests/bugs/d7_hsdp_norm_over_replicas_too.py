@@ -2,13 +2,16 @@
 summed over both axes of the mesh. Every replica has all shards: the norm is too large by the square root of the replicas."""
 import torch
 import torch.distributed as dist
-from kit import MAX_NORM, Net, load, loss_of, mesh_of, rows_of, single, total, training, valid
+from kit import MAX_NORM, Net, load, loss_of, make_batch, mesh_of, rows_of, single, total, training, valid
 from torch.distributed.fsdp import fully_shard
 
 RANKS = 6
 BUG = {"id": "D7", "link": "https://github.com/ByteDance-Seed/VeOmni/issues/184", "diagnosis": "multiple",
        "line": "dist.all_reduce(square, group=group)", "also": ["norm = square.sqrt()"]}
-reference = single
+
+
+def reference():
+    return single(batch=make_batch(rows=12, length=10))
 
 
 def local_shards(parameters):

@@ -10,7 +10,7 @@ BUG = {"id": "G12", "link": "https://github.com/deepspeedai/DeepSpeed/pull/1263"
 
 
 def reference():
-    return single(lambda: Net(layers=2), batch=make_batch(rows=12))
+    return single(lambda: Net(layers=2), batch=make_batch(rows=12, length=10))
 
 
 class ZeroOptimizer:

@@ -10,7 +10,7 @@ BUG = {"id": "G13", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1012",
 
 
 def reference():
-    return single(lambda: Net(layers=2), batch=make_batch(rows=12))
+    return single(lambda: Net(layers=2), batch=make_batch(rows=12, length=10))
 
 
 class DeferredLinear(torch.autograd.Function):

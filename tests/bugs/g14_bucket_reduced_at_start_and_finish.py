@@ -11,7 +11,7 @@ BUG = {"id": "G14", "link": "https://github.com/NVIDIA/Megatron-LM/issues/775", 
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 class GradBuffer:

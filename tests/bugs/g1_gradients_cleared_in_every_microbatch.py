@@ -11,7 +11,7 @@ BUG = {"id": "G1", "link": "https://github.com/pytorch/torchtitan/pull/3575", "d
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 def clip(parameters):

@@ -12,7 +12,7 @@ BUG = {"id": "G2", "link": "https://github.com/allenai/open-instruct/pull/1498",
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 class Zero2:

@@ -11,7 +11,7 @@ BUG = {"id": "G7", "link": "https://github.com/verify-llm/TrainVerify", "diagnos
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 class Reducer:

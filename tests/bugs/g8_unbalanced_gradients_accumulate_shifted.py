@@ -31,7 +31,7 @@ def run(model, tokens, labels, languages, reduction="mean"):
 
 
 def reference():
-    batch = make_batch(rows=12) | {"languages": torch.tensor([0, 1, 1, 2, 3, 0, 2, 3, 2, 0, 0, 1])}
+    batch = make_batch(rows=12, length=10) | {"languages": torch.tensor([0, 1, 1, 2, 3, 0, 2, 3, 2, 0, 0, 1])}
     return single(lambda: Net(Adapters), lambda model, b: run(model, b["tokens"], b["labels"], b["languages"]), batch)
 
 

@@ -10,7 +10,7 @@ BUG = {"id": "G9", "link": "https://github.com/hpcaitech/ColossalAI/issues/247",
 
 
 def reference():
-    return single(batch=make_batch(rows=12))
+    return single(batch=make_batch(rows=12, length=10))
 
 
 class Engine:
