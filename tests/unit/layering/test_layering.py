@@ -19,7 +19,7 @@ ALONGSIDE = {
     "progress": set(), "explain": set(), "optable": {"ops"},
     "cli": {*LAYERS, "progress", "explain", "optable", "config", "cases", "certify"},
     "config": {"diagnostics"}, "cases": {"verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
-    "verify": {"capture", "api", "certify"}, "relate": {"kernel"}, "report": {"explain"},
+    "verify": {"capture", "api", "certify"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},
     "testing": {"verify", "cases", "engine", "report", "report.model"}, "pytest_plugin": {"testing", "cases", "diagnostics", "report"},
 }
