@@ -18,7 +18,7 @@ import numpy as np
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_rows, distinct, instantiate, template
 from trainverify.kernel.shapes import LEAF, Shapes
-from trainverify.kernel.store import I64, Store, _grown, distinct_rows
+from trainverify.kernel.store import I64, ZERO_ID, Store, _grown, distinct_rows, is_total
 from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
 
@@ -89,7 +89,7 @@ class Claims:
         self._verdicts: dict[tuple, tuple[Verdict, Obligation]] = {}
         self._by_content: dict[str, Verdict] = {}
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
-        self._shape, self._at, self._count = (np.zeros(0, t) for t in (np.int32, I64, np.int32))
+        self._shape, self._at = np.zeros(0, np.int32), np.zeros(0, I64)
         self._pool, self._used = np.empty(1024, I64), 0
         self._constants = 0
         self._short_first = self._too_large = False
@@ -177,17 +177,19 @@ class Claims:
         store, n = self.store, self.store.n
         if n > len(self._shape):
             old, room = len(self._shape), max(n, 2 * len(self._shape))
-            self._shape, self._at, self._count = (_grown(a, room) for a in (self._shape, self._at, self._count))
+            self._shape, self._at = _grown(self._shape, room), _grown(self._at, room)
             self._shape[old:] = LEAF
         if len(store.constants) > self._constants:
             for i, q in list(store.constants.items())[self._constants:]:
                 if abs(q.numerator) < SIMPLE and q.denominator < SIMPLE:
-                    self._shape[i], self._count[i] = self.shapes.constant(q), 0
+                    self._shape[i] = self.shapes.constant(q)
             self._constants = len(store.constants)
 
     def _write_out(self, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
-        """Remember the terms of open nodes; those that are too large stay leaves, and maxima (what is subtracted before exp is shared by many)."""
-        if self.store.ops[code][0][0] == "max":
+        """Remember the terms of open nodes. Those that are too large stay leaves; so do maxima (what is subtracted before exp is
+        shared by many), and functions that may be undefined: an obligation takes every uninterpreted function for total."""
+        kind, attr = self.store.ops[code][0]
+        if kind == "max" or kind == "uf" and not is_total(attr):
             return
         try:
             groups = self.expand(code, rows, INLINE)
@@ -202,7 +204,7 @@ class Claims:
             if need > len(self._pool):
                 self._pool = _grown(self._pool, max(need, 2 * len(self._pool)))
             self._pool[self._used:need] = g.leaves.reshape(-1)
-            self._shape[to], self._count[to] = g.shape, width
+            self._shape[to] = g.shape
             self._at[to] = self._used + np.arange(len(to)) * width
             self._used = need
 
@@ -242,14 +244,16 @@ class Claims:
         return np.concatenate(columns, 1) if columns else np.zeros((len(operands), 0), I64)
 
     def _definitions(self, ids: np.ndarray, limit: int) -> list[Group]:
-        """The terms that define identifiers, one operation deep (open operands written out)."""
+        """The terms that define identifiers, one operation deep (open operands written out); what has no definition stays a leaf."""
         codes = self.store.code[ids]
         out = []
         for code in np.unique(codes).tolist():
             index = np.flatnonzero(codes == code)
-            if not code:                      # rational numbers
+            if not code:                      # rational numbers, and leaves for good: symbols, numbers without a rational shape
                 shapes = self._shape[ids[index]]
-                out += [Group(s, index[shapes == s], np.zeros((int((shapes == s).sum()), 0), I64)) for s in np.unique(shapes).tolist()]
+                for s in np.unique(shapes).tolist():
+                    at = index[shapes == s]
+                    out.append(Group(s, at, ids[at, None] if s == LEAF else np.zeros((len(at), 0), I64)))
                 continue
             rows = self.store.definition(ids[index], code)
             out += [Group(g.shape, index[g.index], g.leaves) for g in self.expand(code, rows, limit)]
@@ -261,8 +265,10 @@ class Claims:
         self.counts["claims"] += len(rows)
         ok = np.zeros(len(rows), bool)
         self._sync()
-        simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
-        defined = np.flatnonzero((self.store.code[reps] > 0) | simple)
+        exists = (reps >= 0) & (reps < self.store.n)
+        at = np.where(exists, reps, ZERO_ID)
+        simple = self.store.is_constant[at] & (self._shape[at] != LEAF)
+        defined = np.flatnonzero(exists & ((self.store.code[at] > 0) | simple))
         for limit, self._short_first in LADDER:
             left = defined[~ok[defined]]
             if not left.size:

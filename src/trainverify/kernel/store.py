@@ -25,6 +25,8 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 Op = tuple[str, Attr]
 
+TOTAL = frozenset({"asinh", "atan", "atan2", "ceil", "cosh", "erf", "erfc", "expm1", "floor", "frac", "pair", "round", "sinh", "trunc"})
+
 _PLUS = np.array([[plus(a, b) if a and b else 0 for b in range(8)] for a in range(8)], np.uint8)
 _TIMES = np.array([[times(a, b) for b in range(8)] for a in range(8)], np.uint8)
 _FLIP = np.array([flip(a) for a in range(8)], np.uint8)
@@ -220,6 +222,8 @@ class Store:
         clean = self.clean[rows].all(1)
         if needs is not None and self.parallel:
             clean &= (s[:, 0] & ~np.uint8(needs)) == 0
+        if kind == "uf" and self.parallel and not is_total(attr):
+            clean[:] = False
         return clean, _sign(kind, attr, rows, s)
 
     def _judged_dot(self, length: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | int]:
@@ -241,6 +245,11 @@ def condition(kind: str, attr: Attr) -> int | None:
         negative, whole = attr < 0, attr.denominator == 1
         return (NONZERO if negative else None) if whole else POSITIVE if negative else NONNEGATIVE
     return None
+
+
+def is_total(tag: str) -> bool:
+    """Whether an uninterpreted function is known to have a value everywhere. The others have one where the reference applies them."""
+    return tag in TOTAL
 
 
 def _sign(kind: str, attr: Attr, rows: np.ndarray, s: np.ndarray) -> np.ndarray | int:
