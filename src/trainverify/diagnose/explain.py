@@ -11,13 +11,14 @@ from trainverify.diagnose.additive import Sums
 from trainverify.diagnose.dataflow import Node
 from trainverify.diagnose.evidence import witnesses
 from trainverify.diagnose.findings import Writer, unsure
+from trainverify.diagnose.norms import Norms
 from trainverify.diagnose.origin import Origin, Search, rank_origins
 from trainverify.diagnose.relation import OTHER, Relation, Relations
 from trainverify.diagnose.watch import Watch
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.verdict import Judgement
 from trainverify.ir.trace import TensorRef
-from trainverify.relate.compare import Piece
+from trainverify.relate.compare import Compared, Piece
 from trainverify.report.model import Finding
 
 ORDER = {"gradient": 0, "scalar": 1, "parameter": 2, "buffer": 3, "state": 4}
@@ -66,6 +67,7 @@ class Diagnosis:
         self.raw = {j.key: raw for j in wrong if j.key[0] == "gradient" and j.key[2] == self.step
                     and (raw := self.relations.unclipped(j.compared)) is not None}
         self.first = self._primary()
+        self.norms: Norms | None = None
         self.findings: list[Finding] = []
         self.related: list[Relation] = []     # of each finding
         self.explained: dict = {}
@@ -177,13 +179,23 @@ class Diagnosis:
     def _relation(self, keys: list) -> Relation:
         """The simplest relation that holds for one of these outputs, before clipping where that is known."""
         order = sorted(keys, key=lambda k: (ORDER.get(k[0], 9), k[2], k[1]))
-        seen = [c for k in order[:MOST_RELATED] for c in (self.raw.get(k), self.by_key[k].compared) if c is not None]
-        for find in (self.relations.simple, self.sums.of, self.relations.inside):
+        scalars = [k for k in order if k[0] == "scalar"]
+        seen = [c for k in dict.fromkeys([*order[:MOST_RELATED], *scalars]) for c in (self.raw.get(k), self.by_key[k].compared) if c is not None]
+        for find in (self.relations.simple, self.sums.of, self._norm, self.relations.inside):
             for c in seen:
                 got = find(c)
                 if got is not None and got.kind != "other":
                     return got
         return OTHER
+
+    def _norm(self, c: Compared) -> Relation | None:
+        """Of a scalar that is the norm of gradients which are right."""
+        if self.norms is None:
+            every = {k: c for k, c in self.watched.comparison.compared.items() if k[0] == "gradient" and k[2] == self.step and c.pieces}
+            raw = {k: self.relations.unclipped(c) or c for k, c in every.items()}
+            right = all(not p.wrong("field") for c in raw.values() for p in c.pieces)
+            self.norms = Norms(self.relations, raw if right else {})
+        return self.norms.of(c)
 
     # ---- decisions
     def _is_later(self, place: decisions.Place) -> bool:

@@ -83,14 +83,15 @@ class Writer:
                 return f"{what} is zero where the reference's is not"
             return f"{'result' if own else what} is {relation.factor} x the reference" + ("'s" if own else "") + named
         return {
-            "partial sum": f"{what} is a part of the sum: {relation.detail} is missing" if relation.same else
+            "partial sum": f"gradient norm is a part of the sum: {relation.detail}" if relation.same[:1] == ("norm",) else
+                           f"{what} is a part of the sum: {relation.detail} is missing" if relation.same else
                            f"{what} is one rank's share: the sum over {relation.detail} is missing",
             "never updated": f"{what} is never updated on these ranks",
             "stale": f"{what} is stale: the reference's {relation.detail}",
             "permutation": f"{what} holds the reference's elements {relation.detail}",
             "other tensor": f"{what} is another value of the reference: {relation.detail.removeprefix('of ')}",
             "reweighted": f"{what} is a sum whose shares are weighed differently from the reference's",
-            "additive term": f"{what} is a sum with {relation.detail.removesuffix('.')}" if relation.detail.startswith("a term too many") else f"{what} is a sum of which {relation.detail}",
+            "additive term": f"gradient norm is a sum with {relation.detail}" if relation.detail.startswith("wrong counts") else f"{what} is a sum with {relation.detail.removesuffix('.')}" if relation.detail.startswith("a term too many") else f"{what} is a sum of which {relation.detail}",
             "uninitialised": "uninitialised memory reaches an output",
         }.get(relation.kind, "value is not a number where the reference is finite" if relation.code == "REL010" else FIRST)
 
