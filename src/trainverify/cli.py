@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _capture_arguments(verify)
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
+    verify.add_argument("--jobs", metavar="N", type=_positive, default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
     verify.add_argument("--format", choices=FORMATS, default="text", help="what stdout gets, or FILE with -o (default: text)")
     verify.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report here in --format; stdout then gets the text")
     verify.set_defaults(run=_verify)
@@ -183,7 +184,7 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     """What the engine is told: the command line, else the project's table, else the defaults."""
     options = importlib.import_module("trainverify.engine.options").Options
     given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
-    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, **{k: v for k, v in given.items() if v is not None}, **more)
+    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), **{k: v for k, v in given.items() if v is not None}, **more)
 
 
 def _case_given(args: argparse.Namespace) -> dict[str, Any]:

@@ -23,9 +23,9 @@ class NotEquivalent(AssertionError):
 
 
 def assert_equivalent(reference, parallel=None, **options) -> Report:
-    """For tests: raises an AssertionError, whose message is the text report, unless nothing was found different or faulty.
+    """For tests: raises an AssertionError, whose message is the text report, unless every output is PROVED.
 
-    Takes what `verify` takes. Until every proof exists, outputs that are equal in the field count as passed; the report says so.
+    Takes what `verify` takes.
     """
     __tracebackhide__ = True                  # pytest: the failure is in the caller's line
     from trainverify.verify import verify
@@ -34,7 +34,7 @@ def assert_equivalent(reference, parallel=None, **options) -> Report:
         report = _in_a_process(Path(reference), **options)
     else:
         report = verify(reference, parallel, **options)
-    if report.exit_code not in (0, 3) or report.undecided() or not report.outputs:
+    if report.verdict != "PROVED":
         raise NotEquivalent(report)
     return report
 

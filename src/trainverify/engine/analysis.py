@@ -26,6 +26,9 @@ from trainverify.replay.run import World, replay
 from trainverify.report.model import Phase
 
 
+WORTH_A_PROCESS = 1000                        # calls; a smaller proof takes less time than to start one
+
+
 @dataclass(slots=True)
 class Pass:
     """Both programs replayed in one field (one seed) and in the reals."""
@@ -112,7 +115,8 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
 
     def prove(told: Callable[[], Lineages], report: Callable) -> Proof:
         return prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, told)
-    beside = Beside(prove) if jobs > 1 else None
+    calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
+    beside = Beside(prove) if jobs > 1 and calls > WORTH_A_PROCESS else None
     try:
         return _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside)
     finally:

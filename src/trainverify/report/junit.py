@@ -1,6 +1,6 @@
 """The JUnit report: one test suite per run, one test case per group of outputs, for the test pages of CI systems (no torch, not trusted).
 
-PROVED passes; REFUTED and what is undecided fail; outputs for which only a proof is missing are skipped, so that they never read as a pass; a program or a
+PROVED passes; REFUTED and UNKNOWN fail; a program or a
 spec that cannot run is an error of the first test case. Which test cases there are does not depend on the verdict.
 """
 from __future__ import annotations
@@ -78,8 +78,7 @@ def _compared(report: Report, suite: str) -> list[ElementTree.Element]:
 def _group(report: Report, suite: str, name: str, members: Sequence[OutputResult]) -> ElementTree.Element:
     case = _case(suite, name)
     wrong = [o for o in members if o.verdict in ("REFUTED", "ERROR")]
-    undecided = [o for o in members if o.verdict == "UNKNOWN" and not report.equal_only(o)]
-    unproved = [o for o in members if report.equal_only(o)]
+    undecided = [o for o in members if o.verdict == "UNKNOWN"]
     if wrong:
         causes = [i for i in dict.fromkeys(o.finding for o in wrong) if 0 <= i < len(report.findings)]
         what = "; ".join(_in_one_line(report.findings[i].diagnostic) for i in causes) or "no single cause found"
@@ -89,9 +88,6 @@ def _group(report: Report, suite: str, name: str, members: Sequence[OutputResult
         reasons = "; ".join(dict.fromkeys(o.reason or "no reason recorded" for o in undecided))
         faults = [line for d in by_severity(report.diagnostics, ("error",)) for line in (*diagnostic_lines(d), "")]
         _problem(case, "failure", "UNKNOWN", f"{len(undecided)} of {len(members)} undecided: {reasons}", faults + _listed(undecided))
-    elif unproved:
-        message = f"{len(unproved)} of {len(members)} not proved: {unproved[0].reason}"
-        ElementTree.SubElement(case, "skipped", message=ascii_text(message))
     return case
 
 

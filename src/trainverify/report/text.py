@@ -99,10 +99,10 @@ def says(report: Report) -> str:
     if not total:
         return "no output was compared"
     if equal == total:
-        return f"all {total} outputs {points}; not proved yet"
+        return f"all {total} outputs {points}; not proved"
     proved = report.count("PROVED")
     parts = [f"{total - equal - proved} of {total} outputs are undecided (reasons below)"]
-    parts += [f"{equal} {points}, not proved yet"] if equal else []
+    parts += [f"{equal} {points}, not proved"] if equal else []
     parts += [f"{proved} proved"] if proved else []
     return "; ".join(parts)
 
@@ -266,13 +266,13 @@ def _state_key(o: OutputResult) -> str:
 
 
 def _not_proved(report: Report, outs: Sequence[OutputResult], pad: int, width: int) -> list[str]:
-    """Outputs that are neither proved nor equal in the field: verdict, reason, and all names with their steps.
+    """Outputs that are not proved: verdict, reason, and all names with their steps.
 
     Reasons that differ only in a leading number ("40 elements differ") stand together, with the range of it.
     """
     groups: dict[tuple[str, str], list[OutputResult]] = {}
     for o in outs:
-        if o.verdict != "PROVED" and not report.equal_only(o):
+        if o.verdict != "PROVED" and not (o.verdict == "UNKNOWN" and o.reason == report.evidence):
             groups.setdefault((o.verdict, _LEADING.sub("", _why(report, o))), []).append(o)
     lines = []
     for (verdict, _), members in sorted(groups.items(), key=lambda group: group[0][0] != "REFUTED"):

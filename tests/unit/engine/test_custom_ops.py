@@ -76,7 +76,7 @@ def compare(right, other, ops):
 
 
 def equal(report):
-    return bool(report.outputs) and report.verdict == "UNKNOWN" and all(o.reason.startswith("equal at") for o in report.outputs)
+    return bool(report.outputs) and report.verdict == "PROVED"
 
 
 def codes(report):
