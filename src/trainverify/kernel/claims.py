@@ -18,7 +18,7 @@ import numpy as np
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_rows, distinct, instantiate, template
 from trainverify.kernel.shapes import LEAF, Shapes
-from trainverify.kernel.store import I64, ZERO_ID, Store, _grown, distinct_rows, is_total
+from trainverify.kernel.store import GARBAGE, I64, Store, _grown, distinct_rows, is_total
 from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
 
@@ -265,10 +265,9 @@ class Claims:
         self.counts["claims"] += len(rows)
         ok = np.zeros(len(rows), bool)
         self._sync()
-        exists = (reps >= 0) & (reps < self.store.n)
-        at = np.where(exists, reps, ZERO_ID)
-        simple = self.store.is_constant[at] & (self._shape[at] != LEAF)
-        defined = np.flatnonzero(exists & ((self.store.code[at] > 0) | simple))
+        reps = np.where((reps >= 0) & (reps < self.store.n), reps, GARBAGE)      # a guess may be anything
+        simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
+        defined = np.flatnonzero((self.store.code[reps] > 0) | simple)
         for limit, self._short_first in LADDER:
             left = defined[~ok[defined]]
             if not left.size:

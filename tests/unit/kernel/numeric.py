@@ -15,7 +15,7 @@ import torch
 
 from trainverify.algebra.field import Field
 from trainverify.algebra.real import FUNCTIONS, Real, RealValue
-from trainverify.algebra.terms import Terms
+from trainverify.algebra.terms import Terms, TermValue
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.elements import Elements
 from trainverify.kernel.store import GARBAGE, INF_ID, NINF_ID, Store
@@ -143,7 +143,7 @@ class Recorder:
 
         def call(*args, **kwargs):
             out = f(*args, **kwargs)
-            if hasattr(out, "shape"):
+            if isinstance(out, (RealValue, TermValue)):
                 self.results.append(out)
                 self.names.append(name)
             return out

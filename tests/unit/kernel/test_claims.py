@@ -1,0 +1,199 @@
+"""Claims: whatever the guesses propose, only what is true is merged."""
+import random
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from trainverify.kernel import claims as claims_module
+from trainverify.kernel.claims import Claims
+from trainverify.kernel.store import ZERO_ID, Store
+from trainverify.relate.guess import Dictionary
+
+from .numeric import FACTORS, Run, mistakes, row_values, run, values
+from .programs import play, program, varied
+
+SCALES = (Fraction(1), Fraction(2), Fraction(-1), Fraction(1, 2), Fraction(3), Fraction(0), Fraction(101, 100))
+
+
+def random_run(seed: int, guesses=None, wrong: float = 0.06, length: int = 11) -> Run:
+    rng = random.Random(seed)
+    steps = program(rng, 3, length)
+    return run(play(steps), play(varied(rng, steps, 3, wrong)), (4, 4, 4), guesses=guesses, seed=seed)
+
+
+# ---- honest fingerprints
+def test_random_programs():
+    counts, proved = Counter(), 0
+    for seed in range(12):
+        r = random_run(seed)
+        assert mistakes(r) == []
+        counts.update(r.claims.counts)
+        proved += int(r.proved().sum())
+    assert counts["proved flat"] > 30 and proved > 8
+
+
+# ---- corrupted guesses
+class Wild:
+    """Proposes anything: identifiers at random, also such as stand for nothing, or the newest, or always the same."""
+
+    def __init__(self, store: Store, rng: random.Random, manner: str):
+        self.store, self.rng, self.manner = store, np.random.default_rng(rng.randrange(1 << 30)), manner
+
+    def find(self, prints: np.ndarray) -> np.ndarray:
+        n = len(prints)
+        match self.manner:
+            case "random":
+                return self.rng.integers(-1, self.store.n, n)
+            case "newest":
+                return np.maximum(self.store.n - 1 - self.rng.integers(0, 12, n), ZERO_ID)
+            case "same":
+                return np.full(n, self.store.n // 2)
+        return self.rng.integers(-3, 3 * self.store.n, n)      # "beyond"
+
+    find_other = find
+
+    def learn(self, prints: np.ndarray, ids: np.ndarray) -> None:
+        pass
+
+    learn_other = learn
+
+    def scales(self, index: np.ndarray, prints):
+        for c in SCALES[1:4]:
+            yield c, self.find(index)
+
+
+@pytest.mark.parametrize("manner", ["random", "newest", "same", "beyond"])
+def test_wild_guesses_merge_nothing_that_is_false(monkeypatch, manner):
+    monkeypatch.setattr(claims_module, "DEPTH", 3)
+    tried = 0
+    for seed in range(3):
+        r = random_run(100 + seed, guesses=lambda store: Wild(store, random.Random(seed), manner), length=7)
+        assert mistakes(r) == []
+        tried += r.claims.counts["claims"]
+    assert tried > 300
+
+
+def test_dictionary_that_mixes_up_fingerprints():
+    """Every third answer belongs to another fingerprint."""
+    class Mixed(Dictionary):
+        def find(self, prints):
+            out = super().find(prints)
+            return np.where(np.arange(len(out)) % 3 == 0, np.roll(out, 1), out)
+    for seed in range(3):
+        assert mistakes(random_run(200 + seed, guesses=lambda store: Mixed(FACTORS))) == []
+
+
+def false_claims(seed: int, wanted: int) -> tuple[int, int]:
+    """(false claims that were tried, true ones among them that were proved): rows of a run against other identifiers and factors."""
+    r = random_run(seed, length=9)
+    store, ok, rng = r.claims.store, r.defined(), np.random.default_rng(seed)
+    if ok.sum() < 3:
+        return 0, 0
+    v = values(store, r.terms.first_symbol, r.symbols)
+    rows = [(code, i, x) for _, code, i, x in row_values(store, v)]
+    interned = {}
+    for arena in store.arenas.values():
+        for k in range(arena.n):
+            interned.setdefault(int(arena.code[k]), []).append(k)
+    at = Counter()
+    by_code: dict[int, list[tuple[np.ndarray, np.ndarray, int]]] = {}
+    for code, i, x in rows:
+        arena = store.arenas[store.ops[code][1]]
+        by_code.setdefault(code, []).append((arena.rows[interned[code][at[code]]], x, i))
+        at[code] += 1
+    nodes = np.flatnonzero(store.code[:store.n])
+    tried = proved = 0
+    while tried < wanted:
+        code = int(rng.choice(list(by_code)))
+        pick = rng.integers(0, len(by_code[code]), 40)
+        lines = np.stack([by_code[code][k][0] for k in pick])
+        c = SCALES[int(rng.integers(len(SCALES)))]
+        own = np.array([by_code[code][k][2] for k in pick])
+        reps = np.where(rng.random(40) < 0.3, own, np.where(rng.random(40) < 0.3, own + rng.integers(-3, 4, 40), rng.choice(nodes, 40)))
+        reps = np.clip(reps, 0, store.n - 1)
+        answers = r.claims.claim(code, lines, reps, c)
+        for k, rep, answer in zip(pick, reps.tolist(), answers.tolist()):
+            row, claimed = by_code[code][k][1][ok], float(c) * v[rep][ok]
+            defined = ~np.isnan(claimed)
+            false = not bool((np.abs(row[defined] - claimed[defined]) <= 1e-6 * (1 + np.abs(row[defined]) + np.abs(claimed[defined]))).all())
+            assert not (false and answer), (code, store.ops[code], by_code[code][k][0], rep, c)
+            tried += false
+            proved += answer
+    return tried, proved
+
+
+def test_ten_thousand_false_claims(monkeypatch):
+    monkeypatch.setattr(claims_module, "LADDER", ((300, False),))
+    monkeypatch.setattr(claims_module, "GIVE_UP", 1 << 30)
+    tried = proved = 0
+    seed = 300
+    while tried < 10_000:
+        monkeypatch.setattr(claims_module, "DEPTH", seed % 2)
+        more = false_claims(seed, 1700)
+        tried, proved, seed = tried + more[0], proved + more[1], seed + 1
+    assert proved > 100
+
+
+# ---- traps
+def claims_of(*factors: Fraction) -> Claims:
+    return Claims(Store(), Dictionary(factors))
+
+
+class Nothing:
+    def of(self, index: np.ndarray) -> None:
+        return None
+
+
+def test_rows_of_one_kind_whose_leaves_are_of_several():
+    """Where the first row's leaf is unfolded, the second row's may be a symbol, or a number too long to be written out."""
+    c = claims_of()
+    store = c.store
+    x = store.symbols(6)
+    inner = int(c.resolve("exp", None, np.array([[x]]), Nothing())[0])
+    long = store.constant(Fraction(1, 3**40))
+    left = c.resolve("mul", None, np.array([[x + 1, x + 2], [x + 3, x + 4], [x + 4, x + 5]]), Nothing())
+    code = store.operation("add", None, 2)
+    for other in (x + 5, long):
+        rows = np.sort(np.array([[inner, x + 3], [other, x + 3]]), 1)
+        assert not c.claim(code, rows, left[:2], Fraction(1)).any()
+    sums = c.resolve("add", None, np.array([[x + 3, inner], [x + 3, x + 5]]), Nothing())
+    store.parallel = True
+    terms = c.resolve("sub", None, np.stack([np.array([x + 3, x + 3]), c.resolve("neg", None, np.array([[inner], [x + 5]]), Nothing())], 1), Nothing())
+    assert (terms != sums).all() and c.claim(store.operation("sub", None, 2), store.definition(terms, store.operation("sub", None, 2)), sums, Fraction(1)).all()
+
+
+def test_identifiers_that_do_not_exist_are_not_merged_with():
+    c = claims_of()
+    store = c.store
+    x = store.symbols(2)
+    code = store.operation("add", None, 2)
+    for rep in (store.n, store.n + 5, store._room - 1, store._room + 100, -1, 2, 3, 4):
+        assert not c.claim(code, np.array([[x, x + 1]]), np.array([rep]), Fraction(1)).any()
+
+
+def test_unclean_leaves_settle_nothing():
+    """Of garbage nothing is proved, not even that it is itself."""
+    c = claims_of()
+    x = c.store.symbols(1)
+    node = c.resolve("add", None, np.array([[x, x]]), Nothing())
+    code = c.store.operation("add", None, 2)
+    for row in ([4, x], [4, 4], [2, x]):
+        assert not c.claim(code, np.array([row]), node, Fraction(1)).any()
+
+
+def test_a_multiple_is_named_by_its_factor():
+    """Guessed with the right factor: the identifier is that multiple of the reference's, neither it nor its inverse multiple."""
+    r = run(lambda m, x, y: m.exp(m.mul(x, y)), lambda m, x, y: m.scale(m.div(m.exp(m.mul(y, x)), m.exp(m.neg(m.const(0, (4,))))), 2), (4, 4))
+    assert mistakes(r) == [] and not r.proved().any()
+    loss = run(lambda m, x, y: m.sum(m.mul(x, y)),
+               lambda m, x, y: m.scale(m.add(*(m.sum(m.mul(m.take([x], i), m.scale(m.take([y], i), 2))) for i in (torch.tensor([1, 2]), torch.tensor([3, 4])))), 0.5),
+               (4, 4))
+    assert mistakes(loss) == [] and loss.proved().all()
+
+
+def test_failures_are_told():
+    r = run(lambda m, x, y: m.sub(m.exp(x), y), lambda m, x, y: m.sub(m.exp(x), y), (2, 2), guesses=lambda store: Wild(store, random.Random(1), "same"))
+    assert r.claims.failures and all(f.reason for f in r.claims.failures)
