@@ -1,7 +1,7 @@
 """Second opinions: what the kernel proved, put to an independent solver (not trusted: it can only raise an alarm).
 
 The solver gets the negation of each claim as SMT-LIB. `unsat` agrees with the kernel. `sat` counts only if its point, evaluated
-exactly or to high precision, does contradict the claim: then the kernel or the export is wrong, which is our bug.
+exactly or in intervals, does contradict the claim: then the kernel or the export is wrong, which is our bug.
 """
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fractions import Fraction
 from typing import Literal
 
 from trainverify.certify.exact import Inexact, claim_holds
+from trainverify.certify.interval import surely_fails
 from trainverify.certify.smtlib import in_theory, name_of, parts, script
 from trainverify.certify.solvers import Model, Solver, load
 from trainverify.diagnostics import Diagnostic
-from trainverify.kernel.refute import Filter, Point
 from trainverify.kernel.terms import Obligation, digest
 
 Answer = Literal["agrees", "disagrees", "no answer"]
@@ -88,7 +88,7 @@ def _ask(solver: Solver, obligation: Obligation, limit: int) -> Opinion:
 
 
 def contradicted(obligation: Obligation, leaves: tuple[Fraction, ...], model: Model) -> bool:
-    """Whether the claim fails at this point: exactly, or else to high precision with the kernel's sample meaning of functions."""
+    """Whether the claim fails at this point: exactly, or else in intervals."""
     tables: dict[tuple, Fraction] = {}
 
     def function(node: int, args: tuple[Fraction, ...]) -> Fraction:
@@ -101,7 +101,7 @@ def contradicted(obligation: Obligation, leaves: tuple[Fraction, ...], model: Mo
     try:
         return not claim_holds(obligation, leaves, function)
     except Inexact:
-        return isinstance(Filter(obligation).at(leaves, precise=True), Point)
+        return surely_fails(obligation, leaves)
 
 
 def _alarm(opinions: Opinions, opinion: Opinion) -> Diagnostic:
