@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 RANKS = 6
 BUG = {"id": "C3", "link": "https://github.com/PrimeIntellect-ai/prime-rl/pull/1957", "diagnosis": "reweighted",
-       "missed": ["line"], "line": "loss = loss_sum / valid(labels)", "also": ["loss.backward()"]}
+       "line": "loss = loss_sum / valid(labels)", "also": ["loss.backward()"]}
 
 
 def reference():

@@ -8,7 +8,7 @@ from kit import IGNORE, Net, load, make_batch, rows_of, single, total, training,
 RANKS = 3
 K = 2
 BUG = {"id": "C8", "link": "https://github.com/ml-explore/mlx-lm/pull/1413", "diagnosis": "reweighted",
-       "missed": ["diagnosis"], "line": "loss = F.cross_entropy(logits", "also": ["p.grad = total(g / K) / RANKS"]}
+       "line": "loss = F.cross_entropy(logits", "also": ["p.grad = total(g / K) / RANKS"]}
 
 
 def reference():

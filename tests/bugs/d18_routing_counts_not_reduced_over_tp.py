@@ -6,7 +6,7 @@ from kit import EXPERTS, TOP_K, Moe, Net, adamw, load, loss_of, mesh_of, part, r
 
 RANKS = 6
 BUG = {"id": "D18", "link": "https://github.com/pytorch/torchtitan/pull/4154", "diagnosis": "other",
-       "missed": ["diagnosis"], "line": "tokens_per_expert = total(", "also": ["moe.expert_bias.add_("]}
+       "line": "tokens_per_expert = total(", "also": ["moe.expert_bias.add_("]}
 
 
 class BalancedMoe(Moe):

@@ -6,7 +6,7 @@ from kit import MAX_NORM, TP_SHARDS, Net, TpMlp, adamw, load, loss_of, mesh_of, 
 
 RANKS = 6
 BUG = {"id": "D1", "link": "https://github.com/deepspeedai/DeepSpeed/pull/1801", "diagnosis": "other tensor",
-       "missed": ["diagnosis"], "line": "clipped = self.grads_for_norm()",
+       "line": "clipped = self.grads_for_norm()",
        "also": ["lp.data.copy_(hp.data)", "self.optimizer.step()", "torch._foreach_mul_(clipped"]}
 reference = single
 

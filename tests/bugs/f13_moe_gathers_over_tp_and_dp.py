@@ -8,7 +8,7 @@ from kit import (EXPERTS, FFN, Gather, Moe, Net, ReduceScatter, SequenceNet, cli
 RANKS = 6
 SHARDS = {"w1": 2, "w2": 1}
 BUG = {"id": "F13", "link": "https://github.com/NVIDIA/Megatron-LM/commit/38ca18b27f", "diagnosis": "multiple",
-       "missed": ["diagnosis"], "line": "return ReduceScatter.apply(y, self.group, 1)",
+       "line": "return ReduceScatter.apply(y, self.group, 1)",
        "also": ["x, weights = (Gather.apply(", "return x + self.mlp(self.norm2(x))"]}
 
 

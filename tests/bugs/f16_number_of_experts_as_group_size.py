@@ -8,7 +8,7 @@ from kit import (EP_SHARDS, EXPERTS, Gather, Moe, Net, ReduceScatter, clip_shard
 RANKS = 4
 EP_SIZE = 2
 BUG = {"id": "F16", "link": "https://github.com/deepspeedai/DeepSpeed/issues/7535", "diagnosis": "multiple",
-       "missed": ["diagnosis"], "line": "return ReduceScatter.apply(y, self.group, 0)",
+       "line": "return ReduceScatter.apply(y, self.group, 0)",
        "also": ["x, weights = (Gather.apply(", "return x + self.mlp(self.norm2(x))"]}
 
 

@@ -6,7 +6,7 @@ from kit import Net, Stage, clip_stage, gpipe, loss_of, make_batch, mesh_of, row
 RANKS = 4
 MICROBATCHES = 3
 BUG = {"id": "G12", "link": "https://github.com/deepspeedai/DeepSpeed/pull/1263", "diagnosis": "additive term",
-       "missed": ["line", "diagnosis"], "line": "self.averaged[p] = reduced", "also": ["p.grad = self.averaged[p]"]}
+       "missed": ["line"], "line": "self.averaged[p] = reduced", "also": ["p.grad = self.averaged[p]"]}
 
 
 def reference():

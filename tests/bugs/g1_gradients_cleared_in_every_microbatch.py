@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grad_norm_
 RANKS = 2
 MICROBATCHES = 3
 BUG = {"id": "G1", "link": "https://github.com/pytorch/torchtitan/pull/3575", "diagnosis": "additive term",
-       "missed": ["diagnosis"], "line": "model.zero_grad()", "also": ["loss.backward()", "return clip_grad_norm_(parameters, 0.1).full_tensor()"]}
+       "line": "model.zero_grad()", "also": ["loss.backward()", "return clip_grad_norm_(parameters, 0.1).full_tensor()"]}
 
 
 def reference():

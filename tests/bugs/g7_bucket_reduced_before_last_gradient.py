@@ -7,7 +7,7 @@ from kit import Net, load, loss_of, make_batch, rows_of, single, total, training
 RANKS = 3
 MICROBATCHES = 2
 BUG = {"id": "G7", "link": "https://github.com/verify-llm/TrainVerify", "diagnosis": "partial sum",
-       "missed": ["line", "diagnosis"], "line": "dist.all_reduce(self.flat)", "also": ["p.main_grad.add_(p.grad)", "p.grad = p.main_grad.clone()"]}
+       "line": "dist.all_reduce(self.flat)", "also": ["p.main_grad.add_(p.grad)", "p.grad = p.main_grad.clone()"]}
 
 
 def reference():

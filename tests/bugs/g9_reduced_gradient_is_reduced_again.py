@@ -6,7 +6,7 @@ from kit import Net, load, loss_of, make_batch, rows_of, single, total, training
 RANKS = 2
 MICROBATCHES = 3
 BUG = {"id": "G9", "link": "https://github.com/hpcaitech/ColossalAI/issues/247", "diagnosis": "reweighted",
-       "missed": ["line"], "line": "dist.all_reduce(p.grad)", "also": ["loss.backward()"]}
+       "line": "dist.all_reduce(p.grad)", "also": ["loss.backward()"]}
 
 
 def reference():
