@@ -49,7 +49,7 @@ class Strict(Real):
 
     def compare(self, op, a, b):
         x, y = torch.broadcast_tensors(a.t, b.t)
-        tie = ((x - y).abs() <= 1e-9 * (1 + x.abs() + y.abs())) & x.isfinite() | (x == y)
+        tie = ((x - y).abs() <= 1e-9 * (1 + x.abs() + y.abs())) & x.isfinite() & y.isfinite() | (x == y)
         more, less = (x > y) & ~tie, (x < y) & ~tie
         out = {"gt": more, "lt": less, "ge": more | tie, "le": less | tie, "eq": tie, "ne": ~tie}[op].to(x.dtype)
         return RealValue(torch.where(x.isnan() | y.isnan(), NAN, out))
@@ -136,10 +136,10 @@ class Recorder:
     """An algebra that remembers every result."""
 
     def __init__(self, algebra):
-        self._algebra, self.results, self.names = algebra, [], []
+        self.plain, self.results, self.names = algebra, [], []
 
     def __getattr__(self, name: str):
-        f = getattr(self._algebra, name)
+        f = getattr(self.plain, name)
 
         def call(*args, **kwargs):
             out = f(*args, **kwargs)
