@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 RANKS = 3
 BUG = {"id": "D20", "link": "https://github.com/radixark/miles_diffusion/pull/35", "diagnosis": "partial sum",
-       "missed": ["diagnosis"], "line": "grad_norm = norm.to_local()", "also": ["local = get_total_norm("]}
+       "line": "grad_norm = norm.to_local()", "also": ["local = get_total_norm("]}
 reference = single
 
 

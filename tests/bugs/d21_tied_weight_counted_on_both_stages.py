@@ -8,7 +8,7 @@ from kit import MAX_NORM, Net, Stage, gpipe, loss_of, single, training, valid
 RANKS = 3
 MICROBATCHES = 2
 BUG = {"id": "D21", "link": "https://github.com/NVIDIA/Megatron-LM/pull/7227", "diagnosis": "additive term",
-       "missed": ["diagnosis"], "line": "squares = [", "also": ["square = torch.stack(squares).sum()", "dist.all_reduce(square)"]}
+       "line": "squares = [", "also": ["square = torch.stack(squares).sum()", "dist.all_reduce(square)"]}
 
 
 def reference():

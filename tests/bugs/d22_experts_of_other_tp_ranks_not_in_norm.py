@@ -7,7 +7,7 @@ from kit import (EP_SHARDS, EXPERTS, MAX_NORM, Copy, Moe, Net, Reduce, load, los
 
 RANKS = 6
 BUG = {"id": "D22", "link": "https://github.com/NVIDIA/Megatron-LM/pull/5916", "diagnosis": "additive term",
-       "missed": ["diagnosis"], "line": "squares = [", "also": ["norm = total(", "torch._foreach_mul_("]}
+       "line": "squares = [", "also": ["norm = total(", "torch._foreach_mul_("]}
 
 
 def reference():

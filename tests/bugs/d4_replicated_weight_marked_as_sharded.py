@@ -8,7 +8,7 @@ from torch import nn
 RANKS = 6
 LATENT, WIDE = 4, 10
 BUG = {"id": "D4", "link": "https://github.com/ROCm/TransformerEngine/pull/715", "diagnosis": "additive term",
-       "missed": ["diagnosis"], "line": "norm = total(torch.stack(squares).sum(), tp).sqrt()", "also": ["squares = [", "torch._foreach_mul_("]}
+       "line": "norm = total(torch.stack(squares).sum(), tp).sqrt()", "also": ["squares = [", "torch._foreach_mul_("]}
 
 
 class Latent(nn.Module):

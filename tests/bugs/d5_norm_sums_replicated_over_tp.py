@@ -8,7 +8,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 RANKS = 6
 BUG = {"id": "D5", "link": "https://github.com/NVIDIA-NeMo/RL/pull/3788", "diagnosis": "additive term",
-       "missed": ["diagnosis"], "line": "dist.all_reduce(over_tp, group=tp)",
+       "line": "dist.all_reduce(over_tp, group=tp)",
        "also": ["over_tp = torch.stack([square(g) for g in grads])", "norm = over_tp.sqrt()"]}
 
 

@@ -6,7 +6,7 @@ from kit import MAX_NORM, Net, load, loss_of, make_batch, mesh_of, rows_of, sing
 from torch.distributed.fsdp import fully_shard
 
 RANKS = 6
-BUG = {"id": "D7", "link": "https://github.com/ByteDance-Seed/VeOmni/issues/184", "diagnosis": "multiple",
+BUG = {"id": "D7", "link": "https://github.com/ByteDance-Seed/VeOmni/issues/184", "diagnosis": "additive term",
        "line": "dist.all_reduce(square, group=group)", "also": ["norm = square.sqrt()"]}
 
 

@@ -6,7 +6,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 RANKS = 3
 MICROBATCHES = 2
-BUG = {"id": "D8", "link": "https://github.com/pytorch/torchtitan/issues/596", "diagnosis": "other",
+BUG = {"id": "D8", "link": "https://github.com/pytorch/torchtitan/issues/596", "diagnosis": "partial sum",
        "line": "total_norm = get_total_norm(", "also": ["clip_grads_with_norm_("]}
 
 
