@@ -89,7 +89,8 @@ class Sums:
         for i in which:
             (rank, number), node = shares.labels[i][0], shares.terms[i].node
             ranks[(number + 1, self._when(node, c.key[2]) + self._place(node, False))].append(rank)
-        told = [f"share {number} of {ranks_text(its)}, made {place}" if self.names.world > 1 else f"share {number}, made {place}" for (number, place), its in ranks.items()]
+        several = self.names.world > 1
+        told = [f"share {number}" + (f" of {ranks_text(its)}" if several else "") + f", made {place}" for (number, place), its in ranks.items()]
         return " and ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
     def _solve(self, shares: Shares, target) -> list[Fraction] | None:

@@ -16,6 +16,19 @@ from trainverify.report.model import Finding
 
 NOUNS = {"gradient": "gradient", "parameter": "updated parameter", "state": "optimizer state", "buffer": "buffer"}
 FIRST = "first operation whose inputs agree with the reference and whose result does not"
+FIRST_CONSTANT = "a number that the reference does not have meets right values: the first operation that brings it in"
+MISSING = "right gradients come from the same calls, and lose this factor later: here a division, or a reduction that averages, is missing before this line"
+SAID = {                                      # class of the finding -> what is said of the outputs
+    "partial sum": lambda what, r: f"{what} is a part of the sum: {r.detail} is missing" if r.same else
+                                   f"{what} is one rank's share: the sum over {r.detail} is missing",
+    "never updated": lambda what, r: f"{what} is never updated on these ranks",
+    "stale": lambda what, r: f"{what} is stale: the reference's {r.detail}" if not r.same else f"{what} is stale: {r.detail}",
+    "permutation": lambda what, r: f"{what} holds the reference's elements {r.detail}",
+    "other tensor": lambda what, r: f"{what} is another value of the reference: {r.detail.removeprefix('of ')}",
+    "reweighted": lambda what, r: f"{what} is a sum whose shares are weighed differently from the reference's",
+    "additive term": lambda what, r: f"{what} is a sum {'with' if r.detail.startswith('a term too many') else 'of which'} {r.detail}",
+    "uninitialised": lambda what, r: "uninitialised memory reaches an output",
+}
 THROUGH = SUMS | SAME | COPIED | {"t", "transpose", "permute", "select", "slice", "split", "cat", "_chunk_cat", "unsqueeze", "squeeze"}
 MOST_HOPS, MOST_PLACES = 12, 4
 
@@ -82,18 +95,11 @@ class Writer:
             if relation.factor == 0:
                 return f"{what} is zero where the reference's is not"
             return f"{'result' if own else what} is {relation.factor} x the reference" + ("'s" if own else "") + named
-        return {
-            "partial sum": f"gradient norm is a part of the sum: {relation.detail}" if relation.same[:1] == ("norm",) else
-                           f"{what} is a part of the sum: {relation.detail} is missing" if relation.same else
-                           f"{what} is one rank's share: the sum over {relation.detail} is missing",
-            "never updated": f"{what} is never updated on these ranks",
-            "stale": f"{what} is stale: the reference's {relation.detail}",
-            "permutation": f"{what} holds the reference's elements {relation.detail}",
-            "other tensor": f"{what} is another value of the reference: {relation.detail.removeprefix('of ')}",
-            "reweighted": f"{what} is a sum whose shares are weighed differently from the reference's",
-            "additive term": f"gradient norm is a sum with {relation.detail}" if relation.detail.startswith("wrong counts") else f"{what} is a sum with {relation.detail.removesuffix('.')}" if relation.detail.startswith("a term too many") else f"{what} is a sum of which {relation.detail}",
-            "uninitialised": "uninitialised memory reaches an output",
-        }.get(relation.kind, "value is not a number where the reference is finite" if relation.code == "REL010" else FIRST)
+        if relation.same[:1] == ("norm",):
+            return f"gradient norm is a sum with wrong counts: {relation.detail}"
+        if relation.code == "REL010":
+            return "value is not a number where the reference is finite"
+        return SAID.get(relation.kind, lambda what, r: FIRST)(what, relation)
 
     # ---- at the origin
     def _at(self, origin: Origin) -> Relation | None:
@@ -178,6 +184,3 @@ class Writer:
             found.pop((own.file, own.line), None)
         return tuple(found.values())[::-1][:MOST_PLACES]
 
-
-MISSING = "right gradients come from the same calls, and lose this factor later: here a division, or a reduction that averages, is missing before this line"
-FIRST_CONSTANT = "a number that the reference does not have meets right values: the first operation that brings it in"

@@ -42,13 +42,15 @@ class Norms:
     def _ranks(self, wrong: dict[int, float]) -> Relation | None:
         """The squares of what each rank, or the ranks of its group, hold, and no others'."""
         if all(self._is(here, self._on((rank,))) for rank, here in wrong.items()):
-            return Relation("partial sum", "REL002", "norm^2 = the squares of what the rank itself holds", detail="each rank counts only what it holds", same=("norm", ()))
+            return Relation("partial sum", "REL002", "norm^2 = the squares of what the rank itself holds",
+                            detail="each rank counts only what it holds", same=("norm", ()))
         for group in sorted(self.names.groups, key=len):
             mine = [here for rank, here in wrong.items() if rank in group]
             if mine and all(self._is(here, self._on(group)) for here in mine):
                 if mine[0] < self.square:
                     what = f"only what {self.names.over(group)} hold is counted"
-                    return Relation("partial sum", "REL002", f"norm^2 = the squares of what {self.names.over(group)} hold", detail=what, same=("norm", group))
+                    right = f"norm^2 = the squares of what {self.names.over(group)} hold"
+                    return Relation("partial sum", "REL002", right, detail=what, same=("norm", group))
                 return _additive(f"what several of {self.names.over(group)} hold is counted on each of them",
                                  f"the squares of what each of {self.names.over(group)} holds, replicas as well")
         return None
@@ -98,7 +100,7 @@ def _counted(names: tuple[str, ...], times: Fraction) -> Relation:
 
 
 def _additive(detail: str, right: str) -> Relation:
-    return Relation("additive term", "REL014", f"norm^2 = {right}", detail=f"wrong counts: {detail}", same=("norm", detail))
+    return Relation("additive term", "REL014", f"norm^2 = {right}", detail=detail, same=("norm", detail))
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -149,8 +149,8 @@ def _shifted(source: TensorRef, target: TensorRef, ref: TensorRef) -> TensorRef 
     """The part of `source`, of the target's shape, that corresponds to the part `ref` of the target."""
     if source.numel != target.numel:
         return None
-    if ref == target:
-        return source if source.size == target.size else TensorRef(source.storage, source.offset, target.size, target.stride, source.dtype) if dense(source) and dense(target) else None
+    if ref == target and source.size == target.size:
+        return source
     if source.stride == target.stride and source.size == target.size or dense(source) and dense(target):
         return TensorRef(source.storage, source.offset + ref.offset - target.offset, ref.size, ref.stride, source.dtype)
     return None
