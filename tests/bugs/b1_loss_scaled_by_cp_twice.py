@@ -1,7 +1,7 @@
 """Megatron-LM issue 673: with context parallelism the loss was multiplied by the number of context-parallel ranks, to make up for the
 average that follows. With a loss per token that average is left out (gradients are summed and divided by all tokens), and the
 factor stayed."""
-from kit import Attention, ContextAttention, Net, cp_shares, load, loss_of, mesh_of, single, sum_grads, total, training, valid
+from kit import Attention, ContextAttention, Net, cp_shares, load, loss_of, make_batch, mesh_of, single, sum_grads, total, training, valid
 
 RANKS = 6
 BUG = {"id": "B1", "link": "https://github.com/NVIDIA/Megatron-LM/issues/673", "diagnosis": "multiple",
@@ -11,7 +11,7 @@ BUG = {"id": "B1", "link": "https://github.com/NVIDIA/Megatron-LM/issues/673", "
 
 
 def reference():
-    return single(lambda: Net(attention=Attention))
+    return single(lambda: Net(attention=Attention), batch=make_batch(8, 6))
 
 
 def parallel(ref, fixed=False):

@@ -1,6 +1,6 @@
 """SkyRL pull request 1420: FSDP averages gradients over data- and context-parallel ranks together. The factor that undoes the average took the
 data-parallel ranks only, and the reported loss counted the context-parallel ones twice."""
-from kit import MAX_NORM, Attention, ContextAttention, Net, cp_shares, load, loss_of, mesh_of, single, total, training, valid
+from kit import MAX_NORM, Attention, ContextAttention, Net, cp_shares, load, loss_of, make_batch, mesh_of, single, total, training, valid
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -10,7 +10,7 @@ BUG = {"id": "B28", "link": "https://github.com/NovaSky-AI/SkyRL/pull/1420", "di
 
 
 def reference():
-    return single(lambda: Net(attention=Attention))
+    return single(lambda: Net(attention=Attention), batch=make_batch(8, 6))
 
 
 def parallel(ref, fixed=False):

@@ -2,7 +2,7 @@
 one over the data-parallel ranks alone, while the loss counts once per context-parallel rank."""
 import torch
 import torch.distributed as dist
-from kit import Attention, ContextAttention, Net, cp_shares, load, loss_of, mesh_of, single, total, training, valid
+from kit import Attention, ContextAttention, Net, cp_shares, load, loss_of, make_batch, mesh_of, single, total, training, valid
 
 RANKS = 6
 BUG = {"id": "B2", "link": "https://github.com/NVIDIA/Megatron-LM/issues/906", "diagnosis": "multiple",
@@ -11,7 +11,7 @@ BUG = {"id": "B2", "link": "https://github.com/NVIDIA/Megatron-LM/issues/906", "
 
 
 def reference():
-    return single(lambda: Net(attention=Attention))
+    return single(lambda: Net(attention=Attention), batch=make_batch(8, 6))
 
 
 class GradBuffer:

@@ -1,7 +1,7 @@
 """DeepSpeed issue 5248: with Ulysses sequence parallelism gradients are summed over the data- and sequence-parallel ranks; the division by
 their number was switched off by a hard-wired argument, and only that by the data-parallel ranks took place."""
 import torch.distributed as dist
-from kit import AllToAll, Attention, Net, cp_shares, load, loss_of, mesh_of, single, total, training, valid
+from kit import AllToAll, Attention, Net, cp_shares, load, loss_of, make_batch, mesh_of, single, total, training, valid
 
 RANKS = 6
 BUG = {"id": "B8", "link": "https://github.com/deepspeedai/DeepSpeed/issues/5248", "diagnosis": "multiple",
@@ -22,7 +22,7 @@ class Ulysses(Attention):
 
 
 def reference():
-    return single(lambda: Net(attention=Attention))
+    return single(lambda: Net(attention=Attention), batch=make_batch(8, 6))
 
 
 def parallel(ref, fixed=False):

@@ -19,7 +19,7 @@ from trainverify.report.model import Report
 FOLDER = Path(__file__).parent
 DIAGNOSES = {"multiple", "partial sum", "permutation", "other tensor", "reweighted", "additive term", "stale", "never updated",
              "uninitialised", "decision", "other"}
-QUICK = {"a1_norm_grad_not_reduced_under_sp", "b1_loss_scaled_by_cp_twice", "b22_row_bias_before_all_reduce"}
+QUICK = {"a1_norm_grad_not_reduced_under_sp", "b30_loss_times_ranks_under_ddp", "b22_row_bias_before_all_reduce"}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """Megatron-LM issue 1503: the gradient of the queries differs between a fused attention kernel and the local implementation, which computes
 scores, softmax and the weighted sum one by one, in another order of operations. Equal over the real numbers: a negative control."""
 import torch
-from kit import HEAD_DIM, TP_SHARDS, Attention, Net, TpAttention, load, mesh_of, single, tp_training
+from kit import HEAD_DIM, TP_SHARDS, Attention, Net, TpAttention, load, make_batch, mesh_of, single, tp_training
 
 RANKS = 6
 BUG = {"id": "X7", "link": "https://github.com/NVIDIA/Megatron-LM/issues/1503", "control": True}
-BLOCK = 5
+BLOCK = 3
 
 
 def reference():
-    return single(lambda: Net(attention=Attention))
+    return single(lambda: Net(attention=Attention), batch=make_batch(6, 8))
 
 
 class LocalAttention(TpAttention):
