@@ -1,12 +1,13 @@
 """DeepSpeed PR 1263 and 1264: the pipeline engine knows which microbatch is the last one, but did not tell the ZeRO optimizer, whose flag
 kept its first value. Every microbatch's backward looked like the last: the gradients were reduced and taken over each time, in
 place of what had been accumulated."""
+import torch.distributed as dist
 from kit import Net, Stage, clip_stage, gpipe, loss_of, make_batch, mesh_of, rows_of, single, total, training, valid
 
 RANKS = 4
 MICROBATCHES = 3
 BUG = {"id": "G12", "link": "https://github.com/deepspeedai/DeepSpeed/pull/1263", "diagnosis": "additive term",
-       "missed": ["line"], "line": "self.averaged[p] = reduced", "also": ["p.grad = self.averaged[p]"]}
+       "line": "self.averaged[p] = p.grad", "also": ["dist.all_reduce(p.grad, group=self.dp)", "p.grad = self.averaged[p]"]}
 
 
 def reference():
@@ -23,8 +24,8 @@ class ZeroOptimizer:
 
     def after(self, p):
         if self.is_boundary:
-            reduced = total(p.grad, self.dp)
-            self.averaged[p] = reduced
+            dist.all_reduce(p.grad, group=self.dp)
+            self.averaged[p] = p.grad
             p.grad = None
 
     def hand_over(self):
