@@ -4,9 +4,9 @@ An identifier names a real number that depends on the symbols. A row (operation,
 identifier. A row's value may be another identifier than its own, once `claims` has proved the two equal. All of the reference
 comes first, so that its nodes are definitions; what the parallel side adds is compared with them.
 
-An identifier is *clean* if it is defined wherever the reference is. Reference nodes are, by hypothesis. GARBAGE stands for
-memory that nobody wrote and for what is no real number; whatever reads it is garbage. Signs (bits as in `terms`) hold wherever
-the reference is defined.
+An identifier is *clean* if it is defined wherever the reference is. Reference nodes are, by hypothesis: the reference is defined
+where every operation that it executes is, also one whose result a mask discards. GARBAGE stands for memory that nobody wrote and
+for what is no real number; whatever reads it is garbage. Signs (bits as in `terms`) hold wherever the reference is defined.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainverify.kernel.hashtable import HashTable
 from trainverify.kernel.signs import flip, plus, times
 from trainverify.kernel.terms import ANY, NEGATIVE, NONNEGATIVE, NONZERO, POSITIVE, ZERO, Attr
 
-# The first identifiers. Infinities only come from literals (masks); they are no real numbers and never enter a row.
+# The first identifiers. Infinities come from constants alone (masks, also log 0, as PyTorch has it); they never enter a row.
 ZERO_ID, ONE_ID, INF_ID, NINF_ID, GARBAGE = range(5)
 I64 = np.int64
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -104,7 +104,7 @@ class Store:
         self._codes: dict[tuple[Op, int], int] = {}
         self.arenas: dict[int, Arena] = {}
         self.constants: dict[int, Fraction] = {}
-        self._is_constantids: dict[Fraction, int] = {}
+        self._constant_ids: dict[Fraction, int] = {}
         self._unknown: dict[object, int] = {}
         self._grow(1024)
         for q in (Fraction(0), Fraction(1)):
@@ -133,10 +133,10 @@ class Store:
 
     def constant(self, q: Fraction) -> int:
         """The identifier of a rational number."""
-        if q not in self._is_constantids:
+        if q not in self._constant_ids:
             i = self._allocate(1, sign_of(q), True)
-            self._is_constantids[q], self.constants[i], self.is_constant[i] = i, q, True
-        return self._is_constantids[q]
+            self._constant_ids[q], self.constants[i], self.is_constant[i] = i, q, True
+        return self._constant_ids[q]
 
     def unknown(self, key: object, sign: int = ANY) -> int:
         """The identifier of a fixed number of which nothing but its sign is used (an irrational constant)."""

@@ -92,7 +92,7 @@ def _plain(m, s: Step, pool: list):
         case "power":
             return m.pow(a, s.number)
         case "constant":
-            return m.add(m.mul(a, m.const(0)), m.const(s.number)) if s.index[0] else m.const(s.number, SHAPE)
+            return m.add(m.mul(a, m.const(0)), m.const(s.number))
         case "masked":
             held = m.where(torch.tensor([[True, False], [True, True]]), a, m.const(-math.inf))
             return m.exp(m.sub(held, m.amax(held, [1], True)))

@@ -162,7 +162,8 @@ def test_rows_of_one_kind_whose_leaves_are_of_several():
     sums = c.resolve("add", None, np.array([[x + 3, inner], [x + 3, x + 5]]), Nothing())
     store.parallel = True
     terms = c.resolve("sub", None, np.stack([np.array([x + 3, x + 3]), c.resolve("neg", None, np.array([[inner], [x + 5]]), Nothing())], 1), Nothing())
-    assert (terms != sums).all() and c.claim(store.operation("sub", None, 2), store.definition(terms, store.operation("sub", None, 2)), sums, Fraction(1)).all()
+    code = store.operation("sub", None, 2)
+    assert (terms != sums).all() and c.claim(code, store.definition(terms, code), sums, Fraction(1)).all()
 
 
 def test_identifiers_that_do_not_exist_are_not_merged_with():
@@ -188,9 +189,9 @@ def test_a_multiple_is_named_by_its_factor():
     """Guessed with the right factor: the identifier is that multiple of the reference's, neither it nor its inverse multiple."""
     r = run(lambda m, x, y: m.exp(m.mul(x, y)), lambda m, x, y: m.scale(m.div(m.exp(m.mul(y, x)), m.exp(m.neg(m.const(0, (4,))))), 2), (4, 4))
     assert mistakes(r) == [] and not r.proved().any()
+    halves = torch.tensor([[1, 2], [3, 4]])
     loss = run(lambda m, x, y: m.sum(m.mul(x, y)),
-               lambda m, x, y: m.scale(m.add(*(m.sum(m.mul(m.take([x], i), m.scale(m.take([y], i), 2))) for i in (torch.tensor([1, 2]), torch.tensor([3, 4])))), 0.5),
-               (4, 4))
+               lambda m, x, y: m.scale(m.add(*(m.sum(m.mul(m.take([x], i), m.scale(m.take([y], i), 2))) for i in halves)), 0.5), (4, 4))
     assert mistakes(loss) == [] and loss.proved().all()
 
 

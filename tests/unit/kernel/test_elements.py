@@ -138,7 +138,8 @@ def test_infinities_of_masks():
         assert r.ids[1][-1].tolist() == [expected] * 2, (op, a, b)
     r = run(lambda m, x: m.exp(x), lambda m, x: m.maximum(x, m.const(-inf)), (2,))
     assert r.ids[1][-1].tolist() == r.ids[1][0].tolist()
-    for op, a, b, expected in (("gt", inf, 1, ONE_ID), ("gt", -inf, -inf, ZERO_ID), ("eq", inf, inf, ONE_ID), ("eq", -inf, 0, ZERO_ID), ("lt", -inf, 3, ONE_ID)):
+    compared = [("gt", inf, 1, ONE_ID), ("gt", -inf, -inf, ZERO_ID), ("eq", inf, inf, ONE_ID), ("eq", -inf, 0, ZERO_ID), ("lt", -inf, 3, ONE_ID)]
+    for op, a, b, expected in compared:
         f = lambda m, x: m.compare(op, *(m.add(m.mul(x, m.const(0)), m.const(v)) for v in (a, b)))  # noqa: E731
         assert run(f, f, (2,)).ids[1][-1].tolist() == [expected] * 2
     lost = lambda m, x: m.add(m.log(x), m.const(-inf))  # noqa: E731
@@ -185,4 +186,5 @@ def test_sums_over_many_places_and_of_none():
     assert r.proved().all() and mistakes(r) == []
     wrong = run(lambda m, x, y: m.scatter_sum(x, index, y), lambda m, x, y: m.scatter_sum(x, 1 - index, y), (2, 4))
     assert not wrong.proved().any() and mistakes(wrong) == []
-    assert np.array_equal(run(lambda m, x: x, lambda m, x: m.sum(m.reshape(m.take([x], torch.zeros(0, dtype=torch.int64)), (3, 0)), [1]), (2,)).ids[1][-1], [ZERO_ID] * 3)
+    empty = run(lambda m, x: x, lambda m, x: m.sum(m.reshape(m.take([x], torch.zeros(0, dtype=torch.int64)), (3, 0)), [1]), (2,))
+    assert np.array_equal(empty.ids[1][-1], [ZERO_ID] * 3)

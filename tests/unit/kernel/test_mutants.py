@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from .numeric import FACTORS, Parts, Run, mistakes, run
 from trainverify.relate.guess import Dictionary
+
+from .numeric import FACTORS, Parts, mistakes, run
 
 # (module, the program and the guesses that show the change, a piece of the source that occurs once, what stands there instead)
 MUTANTS = {
@@ -160,7 +161,7 @@ def mutated(what: str) -> Parts:
     for name in ("rename", "shapes", "store", "sums", "claims", "elements"):
         text = source.replace(old, new) if name == module else inspect.getsource(importlib.import_module(KERNEL + name))
         made[name] = loaded(KERNEL + name, text, {KERNEL + k: m for k, m in made.items()})
-    made["store"].Store._attrs = {}
+    made["store"].Store._attrs = {}           # for the mutant that takes the first attribute of a kind for that of all
     return Parts(made["store"].Store, made["claims"].Claims, made["elements"].Elements)
 
 
@@ -191,7 +192,7 @@ def beside(f):
     return lambda m, x, y: (m.exp(x), m.exp(y)), f
 
 
-def PARTIAL(m):  # noqa: N802
+def partial(m):
     return m.inv, m.log, m.sqrt, lambda v: m.opaque("asin", v)
 
 
@@ -216,23 +217,30 @@ CORPUS = {
     "infinities and values": both(lambda m, x, y: [m.neg(hidden(m, x, math.inf)), m.exp(hidden(m, x, -math.inf)), m.maximum(x, hidden(m, x, math.inf)),
                                                    m.add(x, hidden(m, x, -math.inf)), m.mul(hidden(m, x, math.inf), hidden(m, x, -2))]),
     "infinity times a value": alone(lambda m, x, y: m.mul(hidden(m, x, math.inf), y)),
-    "infinities compared": both(lambda m, x, y: [m.compare(op, hidden(m, x, a), hidden(m, x, b)) for op in ("gt", "eq") for a in (math.inf, 0) for b in (math.inf, -math.inf)]),
+    "infinities compared": both(lambda m, x, y: [m.compare(op, hidden(m, x, a), hidden(m, x, b)) for op in ("gt", "eq")
+                                                 for a in (math.inf, 0) for b in (math.inf, -math.inf)]),
     "a function of infinity": alone(lambda m, x, y: m.opaque("atan", hidden(m, x, math.inf))),
     "garbage": alone(lambda m, x, y: (m.opaque("atan", m.garbage("g", 4)), m.opaque("atan2", x, m.garbage("g", 4)), m.add(x, m.garbage("g", 4)),
                                       m.add(hidden(m, x, math.inf), m.garbage("g", 4)))),
     "functions": both(lambda m, x, y: (m.opaque("atan", x), m.opaque("sinh", x), m.opaque("erfc", x), m.compare("eq", x, y))),
     "a mask": both(lambda m, x, y: m.matmul(m.where(torch.tensor([[True, False], [True, True]]), m.reshape(x, (2, 2)), m.const(0)), m.reshape(y, (2, 2)))),
-    "zeros of partial functions": beside(lambda m, x, y: [m.add(m.exp(y), z) for f in PARTIAL(m) for z in (zeros(m, f(x)), m.sub(f(x), f(x)), m.compare("gt", f(x), f(x)))]),
-    "partial functions cancel": beside(lambda m, x, y: [m.sub(m.add(m.exp(y), f(x)), f(x)) for f in PARTIAL(m)]),
+    "zeros of partial functions": beside(lambda m, x, y: [m.add(m.exp(y), z) for f in partial(m)
+                                                          for z in (zeros(m, f(x)), m.sub(f(x), f(x)), m.compare("gt", f(x), f(x)))]),
+    "partial functions cancel": beside(lambda m, x, y: [m.sub(m.add(m.exp(y), f(x)), f(x)) for f in partial(m)]),
     "a root squared": beside(lambda m, x, y: m.mul(m.sqrt(x), m.sqrt(x))),
     "a product with zeros": beside(lambda m, x, y: m.add(m.exp(y), m.reshape(m.matmul(m.reshape(m.inv(m.sub(x, y)), (2, 2)), m.const(0, (2, 2))), (4,)))),
     "signs": beside(lambda m, x, y: [m.add(m.exp(y), zeros(m, f)) for f in (m.log(m.maximum(x, m.const(0))), m.log(m.sub(m.exp(x), m.exp(y))))]),
     "a sum with an inverse": beside(lambda m, x, y: m.add(m.exp(y), zeros(m, m.add(x, m.inv(y))))),
-    "a product with inverses": beside(lambda m, x, y: m.add(m.exp(y), m.expand(zeros(m, m.sum(m.matmul(m.reshape(m.inv(x), (2, 2)), m.reshape(y, (2, 2))))), (4,)))),
-    "multiples": (lambda m, x, y: m.exp(m.mul(x, y)), lambda m, x, y: [m.scale(m.mul(m.exp(m.mul(y, x)), m.exp(m.sub(m.mul(y, x), m.mul(x, y)))), c) for c in (2, Fraction(1, 2), 3, -1)]),
-    "multiples of sums": (lambda m, x, y: m.sum(m.mul(x, y)), lambda m, x, y: (m.sum(m.mul(m.scale(x, 2), y)), m.sum(m.mul(m.scale(x, 3), y)), m.neg(m.sum(m.mul(x, y))))),
-    "a positive one": (lambda m, x, y: (m.log(m.take([x], torch.tensor([1]))), m.mul(x, m.exp(y))), lambda m, x, y: m.sqrt(m.mul(m.mul(x, m.exp(y)), m.mul(x, m.exp(y))))),
-    "differences": (lambda m, x, y: m.sub(m.mul(x, y), m.mul(m.exp(x), m.exp(y))), lambda m, x, y: (m.sub(m.exp(m.add(x, y)), m.mul(x, y)), m.sub(m.mul(y, x), m.exp(m.add(y, x))))),
+    "a product with inverses": beside(lambda m, x, y: m.add(m.exp(y), m.expand(zeros(m, m.sum(m.matmul(m.reshape(m.inv(x), (2, 2)),
+                                                                                                       m.reshape(y, (2, 2))))), (4,)))),
+    "multiples": (lambda m, x, y: m.exp(m.mul(x, y)),
+                  lambda m, x, y: [m.scale(m.mul(m.exp(m.mul(y, x)), m.exp(m.sub(m.mul(y, x), m.mul(x, y)))), c) for c in (2, Fraction(1, 2), 3, -1)]),
+    "multiples of sums": (lambda m, x, y: m.sum(m.mul(x, y)),
+                          lambda m, x, y: (m.sum(m.mul(m.scale(x, 2), y)), m.sum(m.mul(m.scale(x, 3), y)), m.neg(m.sum(m.mul(x, y))))),
+    "a positive one": (lambda m, x, y: (m.log(m.take([x], torch.tensor([1]))), m.mul(x, m.exp(y))),
+                       lambda m, x, y: m.sqrt(m.mul(m.mul(x, m.exp(y)), m.mul(x, m.exp(y))))),
+    "differences": (lambda m, x, y: m.sub(m.mul(x, y), m.mul(m.exp(x), m.exp(y))),
+                    lambda m, x, y: (m.sub(m.exp(m.add(x, y)), m.mul(x, y)), m.sub(m.mul(y, x), m.exp(m.add(y, x))))),
     "another pair": (lambda m, x, y: m.add(m.exp(y), m.sin(x)), lambda m, x, y: m.add(m.exp(x), m.sin(y))),
     "the other way round": (lambda m, x, y: m.compare("gt", x, y), lambda m, x, y: m.compare("gt", y, x)),
     "another sign": (lambda m, x, y: m.add(m.add(x, y), m.exp(x)), lambda m, x, y: m.add(m.sub(x, y), m.exp(x))),
@@ -275,7 +283,8 @@ class Rolled(Dictionary):
             yield c, super().find(prints.of(index))
 
 
-GUESSES = {"honest": lambda store: Dictionary(FACTORS), "rolled": lambda store: Rolled(FACTORS), **{f"aligned {k}": lambda store, k=k: Aligned(k) for k in range(3)}}
+GUESSES = {"honest": lambda store: Dictionary(FACTORS), "rolled": lambda store: Rolled(FACTORS),
+           **{f"aligned {k}": lambda store, k=k: Aligned(k) for k in range(3)}}
 
 
 def mistake(parts: Parts, program: str, guesses: str) -> str:
