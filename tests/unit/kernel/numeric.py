@@ -64,7 +64,7 @@ class Strict(Real):
         return RealValue(torch.where(y.isfinite(), y, NAN))
 
     def sign(self, a):
-        return RealValue(torch.where(a.t.isnan(), NAN, a.t.sign()))
+        return self.sub(self.compare("gt", a, self.const(0)), self.compare("lt", a, self.const(0)))
 
 
 def meaning(kind: str, attr, x: np.ndarray) -> np.ndarray:
