@@ -390,5 +390,9 @@ class Terms(Powers):
         x, y = torch.broadcast_tensors(self.ids(a), self.ids(b))
         return (x == y) & torch.from_numpy(self.nodes.clean)[x]
 
+    def fingerprint(self, v) -> torch.Tensor:
+        """What tells values apart, here exactly: their identifiers."""
+        return self.ids(v)
+
     def to_float(self, a) -> torch.Tensor | None:
         return a.f.num

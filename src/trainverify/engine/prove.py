@@ -131,6 +131,7 @@ class Places:
             code = int(store.code[i])
             below = store.operands(code, store.definition(np.array([i]), code))[0] if code else np.zeros(0, np.int64)
             below = below[store.is_open[below]]
+            below = below[[store.ops[store.code[j]][0][0] != "max" for j in below.tolist()]]     # open on purpose
             if not below.size or int(below.min()) in seen:
                 break
             i = int(below.min())

@@ -390,7 +390,7 @@ class Claims:
         return ok
 
     def _choice(self, ids: np.ndarray, names: np.ndarray, split: int) -> set[int]:
-        """Names of the newest leaf that one side alone has (or whose definition mentions such a leaf), and of all of the same call."""
+        """Names of the newest leaf that one side alone has (or whose definition comes to such a leaf soon), and of all of the same call."""
         store = self.store
         by_name = dict(zip(names.tolist(), ids.tolist()))
         left, right = set(names[:split].tolist()), set(names[split:].tolist())
@@ -399,7 +399,7 @@ class Claims:
         candidates = open_ & alone
         if candidates:
             strangers = {by_name[n] for n in alone}
-            candidates |= {n for n in open_ & left & right if strangers.intersection(self._operands(by_name[n]))}
+            candidates |= {n for n in open_ & left & right if self._mentions(by_name[n], strangers)}
         else:
             candidates = open_
         # what a maximum is of seldom matters: it is subtracted before exp
@@ -411,6 +411,13 @@ class Claims:
         newest = by_name[max(candidates, key=by_name.__getitem__)]
         origin, code = store.origin[newest], store.code[newest]
         return {n for n in candidates if store.origin[by_name[n]] == origin and store.code[by_name[n]] == code}
+
+    def _mentions(self, i: int, strangers: set[int], depth: int = 2) -> bool:
+        """Whether one of some identifiers stands within so many definitions below i."""
+        below = self._operands(i)
+        if not strangers.isdisjoint(below):
+            return True
+        return depth > 1 and any(self.store.code[o] > 0 and self._mentions(o, strangers, depth - 1) for o in set(below))
 
     def _operands(self, i: int) -> Sequence[int]:
         code = int(self.store.code[i])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainverify.algebra import primes
-from trainverify.algebra.hashtable import HashTable
+from trainverify.kernel.hashtable import HashTable
 from trainverify.algebra.primes import MODULI, P, Q
 
 derandomised = settings(derandomize=True, deadline=None, max_examples=60)
