@@ -7,7 +7,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 # The ranks of a program under verification and the test process share few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup verify test test-all bench clean
+.PHONY: setup verify test test-all test-bugs bench clean
 
 setup: $(STAMP)
 
@@ -22,10 +22,14 @@ verify: setup
 	$(TRAINVERIFY) verify examples/fsdp2_tp.py
 
 test: setup
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not corpus'
 
 test-all: setup
 	$(PYTEST) -m slow
+
+# Every program of the bug corpus, broken and fixed (about half an hour; each change runs a sample of them).
+test-bugs: setup
+	$(PYTEST) -m 'corpus or slow' tests/bugs
 
 bench: setup
 	$(VENV)/bin/python bench/run.py

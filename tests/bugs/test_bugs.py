@@ -48,7 +48,10 @@ BUGS = [bug(path) for path in sorted(FOLDER.glob("[a-z]*[0-9]_*.py"))]
 
 
 def params(bugs: list[Bug]) -> list:
-    return [pytest.param(b, id=b.path.stem, marks=() if b.path.stem in QUICK else pytest.mark.slow) for b in bugs]
+    """A few run in the quick suite, every eighth in the slow one, all others with `make test-bugs`."""
+    sample = {b.path.stem for b in BUGS[::8]}
+    marks = {b: () if b.path.stem in QUICK else pytest.mark.slow if b.path.stem in sample else pytest.mark.corpus for b in bugs}
+    return [pytest.param(b, id=b.path.stem, marks=marks[b]) for b in bugs]
 
 
 def run(b: Bug, fixed: bool) -> Report:
