@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
     verify.add_argument("--jobs", metavar="N", type=_positive, default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
+    verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
+    verify.add_argument("--certificate", metavar="FILE", type=Path, help="write the proved obligations, for `trainverify recheck`")
+    verify.add_argument("--dump-unknown", metavar="DIR", type=Path, help="write the obligations that were not proved, to read and as SMT-LIB")
     verify.add_argument("--format", choices=FORMATS, default="text", help="what stdout gets, or FILE with -o (default: text)")
     verify.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report here in --format; stdout then gets the text")
     verify.set_defaults(run=_verify)
@@ -96,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
     _capture_arguments(capture)
     capture.set_defaults(run=_capture)
+
+    recheck = commands.add_parser("recheck", help="prove the obligations of a certificate again, with the kernel alone")
+    recheck.add_argument("path", metavar="FILE", type=Path)
+    recheck.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    recheck.set_defaults(run=_recheck)
 
     ops = commands.add_parser("ops", help="the op table: name, meaning, kind, source, tests")
     ops.add_argument("--format", choices=("text", "json"), default="text")
@@ -193,8 +201,12 @@ def _case_given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     if args.path is None or args.all_cases:
+        alone = [name for name in ("second_opinion", "certificate", "dump_unknown") if getattr(args, name)]
+        if alone:
+            return _usage(f"verify: error: --{alone[0].replace('_', '-')} is for one case of one spec")
         return _verify_all(args, argv)
-    options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run)
+    options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, second_opinion=args.second_opinion,
+                       certificate=args.certificate, dump_unknown=args.dump_unknown)
     entry = "verify_dir" if args.path.is_dir() else "verify_spec"
     report = _run(args, options, entry, args.path, options)
     if args.dry_run:
@@ -316,7 +328,32 @@ def _rerun(argv: list[str]) -> str:
     return shlex.join(["trainverify", *kept])
 
 
-# ---- ops and explain
+# ---- recheck, ops and explain
+
+def _recheck(args: argparse.Namespace, argv: list[str]) -> int:
+    """Exit code 0 if every obligation is proved again, 1 if one is rejected or the file is no certificate."""
+    from trainverify.certify.certificate import recheck
+    from trainverify.progress import progress_to
+    from trainverify.report.text import diagnostic_lines
+    progress = progress_to(sys.stderr, args.quiet)
+    done = None
+    try:
+        done = recheck(args.path, lambda n, of: progress("recheck", str(args.path), n / of))
+        problems = done.rejected
+    except Fault as fault:
+        problems = tuple(fault.diagnostics)
+    finally:
+        progress.close()
+    for d in problems:
+        print("\n".join(diagnostic_lines(d)))
+    if done is None:
+        return 1
+    what = "every one is proved again" if done.accepted else f"{len(done.rejected)} rejected"
+    print(f"{args.path}: {done.obligations} obligations, {what}")
+    for title, said in [("  establishes  ", done.establishes), *(("  assumes      ", a) for a in done.assumptions)]:
+        print("\n".join(wrap(title, said, WIDTH)))
+    return 0 if done.accepted else 1
+
 
 def _ops(args: argparse.Namespace, argv: list[str]) -> int:
     from trainverify.optable import op_records, op_text

@@ -179,8 +179,36 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         told = explain(analysis.second, watch, analysis.judgements, analysis.diagnostics)
         findings, explained, analysis.diagnostics = told.findings, told.explained, told.diagnostics
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
+    _second_opinion(analysis, options, progress)
     fill(report, analysis, reference, parallel, groups, findings, explained)
+    _keep_obligations(report, analysis, options)
     report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)
+
+
+def _second_opinion(analysis, options: Options, progress: Callable) -> None:
+    """Ask another prover about every distinct obligation; where it disagrees, the fault is ours and the run is an error."""
+    if not options.second_opinion:
+        return
+    from trainverify.certify.second import second_opinion
+
+    clock = time.perf_counter()
+    opinions = second_opinion(analysis.proof.obligations, options.second_opinion, progress=lambda n, of: progress("second opinion", options.second_opinion, n / of))
+    analysis.diagnostics += opinions.diagnostics()
+    analysis.phases.append(Phase("second opinion", time.perf_counter() - clock, opinions.summary()))
+
+
+def _keep_obligations(report: Report, analysis, options: Options) -> None:
+    """Write what was proved as a certificate, and what was not to a folder, where the user asked for it."""
+    if options.certificate is not None:
+        from trainverify.certify.certificate import write_certificate
+        from trainverify.report.versions import versions
+
+        made = {"spec": report.spec, "case": ",".join(f"{k}={v}" for k, v in report.case.items()), "verdict": report.verdict, **versions()}
+        write_certificate(options.certificate, analysis.proof.obligations, [f"{a.code} {a.text}" for a in report.assumptions], made)
+    if options.dump_unknown is not None:
+        from trainverify.certify.dump import Item, dump_unknown
+
+        dump_unknown(options.dump_unknown, [Item(*failure) for failure in analysis.proof.failures])
 
 
 # ---- traces on disk

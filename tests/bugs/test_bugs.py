@@ -49,7 +49,7 @@ BUGS = [bug(path) for path in sorted(FOLDER.glob("[a-z]*[0-9]_*.py"))]
 
 def params(bugs: list[Bug]) -> list:
     """A few run in the quick suite, every eighth in the slow one, all others with `make test-bugs`."""
-    sample = {b.path.stem for b in BUGS[::8]}
+    sample = {b.path.stem for b in BUGS[::10]}
     marks = {b: () if b.path.stem in QUICK else pytest.mark.slow if b.path.stem in sample else pytest.mark.corpus for b in bugs}
     return [pytest.param(b, id=b.path.stem, marks=marks[b]) for b in bugs]
 

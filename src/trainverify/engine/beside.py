@@ -37,9 +37,9 @@ class Beside:
     def answer(self, told: Any, progress: Callable) -> Any:
         """Hand over what the child waits for, and wait. Raises Lost; what the child raised is raised here with its traceback as a note."""
         try:
-            self._mine.send(told)
+            self._exchange(self._mine.send, told)
             while True:
-                kind, content = self._mine.recv()
+                kind, content = self._exchange(self._mine.recv)
                 if kind == "progress":
                     progress(*content)
                 elif kind == "done":
@@ -48,11 +48,15 @@ class Beside:
                     error, trace = content
                     error.add_note(trace)
                     raise error
-        except (EOFError, BrokenPipeError, ConnectionResetError) as gone:
-            self._process.join(5)
-            raise Lost(f"exit code {self._process.exitcode}") from gone
         finally:
             self.close()
+
+    def _exchange(self, call: Callable, *content: Any) -> Any:
+        try:
+            return call(*content)
+        except (EOFError, OSError) as gone:
+            self._process.join(5)
+            raise Lost(f"exit code {self._process.exitcode}") from gone
 
     def close(self) -> None:
         """End the child if it still runs."""

@@ -8,7 +8,8 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class Options:
     """ranks: world size (None: the spec's RANKS); timeout: seconds of wall clock for each capture; accept: FILE:LINE of decisions
-    that the user takes as matched; jobs: processes that analyse (2: the proof beside the rest; the report is the same); keep: keep the traces under workdir."""
+    that the user takes as matched; jobs: processes that analyse (2: the proof beside the rest; the report is the same); keep: keep the traces under workdir; second_opinion: "z3" or "cvc5" is asked about what was proved; certificate: a file for the proved
+    obligations; dump_unknown: a folder for those that were not."""
 
     ranks: int | None = None
     case: dict = field(default_factory=dict)
@@ -20,4 +21,7 @@ class Options:
     workdir: Path | None = None
     keep: bool = False
     conform: bool = True
+    second_opinion: str = ""
+    certificate: Path | None = None
+    dump_unknown: Path | None = None
     jobs: int = 2

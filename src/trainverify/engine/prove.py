@@ -19,6 +19,7 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import GARBAGE, Store
+from trainverify.kernel.terms import Obligation
 from trainverify.ops.table import OpTable
 from trainverify.relate.choices import undecided
 from trainverify.relate.compare import Comparison, Key, Lineage
@@ -33,13 +34,16 @@ from trainverify.replay.run import World, replay
 class Proof:
     """What was proved: outputs of the reference of which every element that a rank holds is; why not, for the others.
 
-    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); counts: of the work.
+    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); counts: of the work;
+    obligations: the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
     """
 
     proved: frozenset[Key] = frozenset()
     reasons: dict[Key, str] = field(default_factory=dict)
     diagnostics: list[Diagnostic] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    obligations: list[Obligation] = field(default_factory=list)
+    failures: list[tuple[Obligation, str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ def prove_programs(reference: Program, parallel: Program, table: OpTable, symbol
     places = Places(terms, reference, parallel)
     reasons = {key: places.reason(comparison, key) for key in comparison.compared if key not in proved}
     counts = {**claims.counts, "identifiers": claims.store.n, "failures": len(claims.failures)}
-    return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, counts)
+    failures = [(f.obligation, places.words(f.origin, f.parallel), f.reason) for f in claims.failures if f.obligation is not None]
+    return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, counts, [p.obligation for p in claims.proofs.values()], failures)
 
 
 def _is_proved(comparison: Comparison, key: Key) -> bool:
@@ -138,7 +143,13 @@ class Places:
             seen.add(i)
         if not store.is_open[i]:
             return "it is another value of the reference's"
-        rank, index, span = self._terms.places[int(store.origin[i])]
-        trace = self._programs[1].traces[rank]
+        return f"no proof that {self.words(int(store.origin[i]), True)} is the reference's"
+
+    def words(self, origin: int, parallel: bool) -> str:
+        """The call that made an identifier."""
+        rank, index, span = self._terms.places[origin]
+        if rank < 0:
+            return "the start"
+        trace = self._programs[parallel].traces[rank]
         where = f" ({trace.spans[span]})" if 0 <= span < len(trace.spans) else ""
-        return f"no proof that {trace.ops[index].name} on rank {rank} is the reference's{where}"
+        return f"{trace.ops[index].name} on rank {rank}{where}" if parallel else f"{trace.ops[index].name} of the reference{where}"

@@ -30,6 +30,7 @@ DEPTH = 24                                    # unfoldings in a row
 DEEPEST = 400                                 # operations above each other that unfolding may reach
 NESTING = 120                                 # operations above each other in a written-out term
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
+PATIENCE = 40                                 # failures of a whole run after which leaves are unfolded no more
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SUMS = 32                                     # rows of a call that are tried as long sums
 CHUNK = 1 << 21                               # leaves that are named at once
@@ -67,6 +68,7 @@ class Failure:
     """A kind of claim that was not proved."""
 
     origin: int
+    parallel: bool
     kind: str
     reason: str
     rows: int
@@ -359,16 +361,19 @@ class Claims:
         return self._verdicts[at]
 
     def _fail(self, key, reason: str, rows: int, obligation: Obligation | None) -> None:
-        self.failures.append(Failure(self.store.now, self.shapes.nodes[key[1]][0], reason, rows, obligation))
+        self.failures.append(Failure(self.store.now, self.store.parallel, self.shapes.nodes[key[1]][0], reason, rows, obligation))
 
     # ---- unfolding (which leaves: only a matter of success)
     def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> np.ndarray:
         """Replace some leaves by their definitions and settle what results."""
+        none = np.zeros(len(rows), bool)
         if len(rows) > 4 * PILOT:
             pilot = self._unfold(key, rows[:PILOT], names, split, limit, depth, obligation)
             if not pilot.any():
                 return np.zeros(len(rows), bool)
-        none = np.zeros(len(rows), bool)
+        if len(self.failures) >= PATIENCE:
+            self.counts["impatient"] += len(rows)
+            return none
         if depth >= DEPTH:
             self._fail(key, "depth", len(rows), obligation)
             return none
