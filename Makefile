@@ -27,9 +27,9 @@ test: setup
 test-all: setup
 	$(PYTEST) -m slow
 
-# Every program of the bug corpus, broken and fixed (about half an hour; each change runs a sample of them).
+# Every program of the bug corpus and of tests/programs, right and wrong (about an hour; each change runs a sample of them).
 test-bugs: setup
-	$(PYTEST) -m 'corpus or slow' tests/bugs
+	$(PYTEST) -m 'corpus or slow' tests/bugs tests/programs
 
 bench: setup
 	$(VENV)/bin/python bench/run.py

@@ -41,8 +41,11 @@ SLOW = {
 
 
 def programs() -> list:
+    """The quick ones; of the rest every second one runs with every change, all of them with `make test-bugs`."""
     quick = [pytest.param(spec, how, id=f"{spec}-{how}") for spec, hows in QUICK.items() for how in hows]
-    return quick + [pytest.param(spec, how, id=f"{spec}-{how}", marks=pytest.mark.slow) for spec, hows in SLOW.items() for how in hows]
+    rest = [(spec, how) for spec, hows in SLOW.items() for how in hows]
+    marks = [(pytest.mark.slow, pytest.mark.corpus)[i % 2] for i in range(len(rest))]
+    return quick + [pytest.param(spec, how, id=f"{spec}-{how}", marks=mark) for (spec, how), mark in zip(rest, marks)]
 
 
 def run(spec: str, how: str, wrong: bool = False) -> Report:
