@@ -18,7 +18,7 @@ import numpy as np
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_rows, distinct, instantiate, template
 from trainverify.kernel.shapes import LEAF, Shapes
-from trainverify.kernel.store import GARBAGE, I64, Store, _grown, distinct_rows, is_total
+from trainverify.kernel.store import GARBAGE, I64, Store, distinct_rows, grow, is_total
 from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
 
@@ -179,7 +179,7 @@ class Claims:
         store, n = self.store, self.store.n
         if n > len(self._shape):
             old, room = len(self._shape), max(n, 2 * len(self._shape))
-            self._shape, self._at = _grown(self._shape, room), _grown(self._at, room)
+            self._shape, self._at = grow(self._shape, room), grow(self._at, room)
             self._shape[old:] = LEAF
         if len(store.constants) > self._constants:
             for i, q in list(store.constants.items())[self._constants:]:
@@ -204,7 +204,7 @@ class Claims:
             width, to = g.leaves.shape[1], ids[g.index]
             need = self._used + g.leaves.size
             if need > len(self._pool):
-                self._pool = _grown(self._pool, max(need, 2 * len(self._pool)))
+                self._pool = grow(self._pool, max(need, 2 * len(self._pool)))
             self._pool[self._used:need] = g.leaves.reshape(-1)
             self._shape[to] = g.shape
             self._at[to] = self._used + np.arange(len(to)) * width

@@ -72,14 +72,15 @@ class Arena:
         first, n = self.n, self.n + len(rows)
         if n > len(self.code):
             grown = max(n, 2 * len(self.code))
-            self.rows, self.code, self.value = (_grown(a, grown) for a in (self.rows, self.code, self.value))
+            self.rows, self.code, self.value = (grow(a, grown) for a in (self.rows, self.code, self.value))
         self.rows[first:n], self.code[first:n], self.value[first:n] = rows, code, values
         self.n = n
         self._table.put(keys, np.arange(first, n)[:, None])
         return first
 
 
-def _grown(a: np.ndarray, n: int) -> np.ndarray:
+def grow(a: np.ndarray, n: int) -> np.ndarray:
+    """A copy with room for n rows; the new ones are not set."""
     out = np.empty((n, *a.shape[1:]), a.dtype)
     out[:len(a)] = a
     return out
@@ -119,7 +120,7 @@ class Store:
             return
         room = max(n, 2 * self._room)
         for name, dtype in self.PER_NODE:
-            setattr(self, name, _grown(getattr(self, name, np.empty(0, dtype)), room))
+            setattr(self, name, grow(getattr(self, name, np.empty(0, dtype)), room))
         self._room = room
 
     def _allocate(self, n: int, sign: int | np.ndarray, clean: bool | np.ndarray) -> int:
