@@ -5,20 +5,23 @@ recomputed forwards, all user code, would run unseen. `ReentrantMode` puts itsel
 """
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 
-class ReentrantMode(TorchFunctionMode):
-    """Subclasses define `handle(func, args, kwargs)`; they call func through `userframes.call_through`."""
+class ReentrantMode(TorchFunctionMode, ABC):
+    """Puts itself back on the stack while autograd's engine runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self._taken_off = 0
         self._engine = None
 
+    @abstractmethod
     def handle(self, func, args: tuple, kwargs: dict):
-        raise NotImplementedError
+        """What a call becomes; func is called through `userframes.call_through`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self._taken_off += 1
