@@ -213,14 +213,14 @@ def _bad_mail(problem: BadMail) -> Diagnostic:
 # -- exceptions and deaths
 
 def _raises(world: Coordinator) -> list[Diagnostic]:
-    """One diagnostic per distinct exception, with all its ranks."""
+    """One diagnostic per distinct exception, with all its ranks; a fault that names no place is one of the user's line that led to it."""
     by_cause: dict[object, list[Member]] = {}
     found = []
     for m in world.members:
         if m.status != RAISED:
             continue
         if m.raised.diagnostics:
-            found += [d if d.ranks else Diagnostic(d.code, d.message, d.severity, d.span, (m.rank,), d.notes, d.fix)
+            found += [Diagnostic(d.code, d.message, d.severity, d.span or _innermost(m.raised), d.ranks or (m.rank,), d.notes, d.fix)
                       for d in m.raised.diagnostics]
         else:
             by_cause.setdefault((m.raised.kind, m.raised.frames), []).append(m)
@@ -239,11 +239,7 @@ def _raise(members: list[Member]) -> Diagnostic:
     raised: Raised = members[0].raised
     who = ranks_text(m.rank for m in members)
     ranks = tuple(m.rank for m in members)
-    span = None
-    if raised.frames:
-        file, line, function, _ = raised.frames[-1]
-        outer = tuple((f, n, name) for f, n, name, _ in raised.frames[-2::-1])
-        span = Span(file, line, function, stack=outer)
+    span = _innermost(raised)
     text = f"{raised.kind}: {raised.text}" if raised.text else raised.kind
     if raised.internal:
         return Diagnostic("RUN015", f"{who}: {text}", "internal", span, ranks, tuple(raised.traceback.splitlines()[-12:]),
@@ -251,6 +247,14 @@ def _raise(members: list[Member]) -> Diagnostic:
     notes = [f"{file}:{line} in {function}: {source}" for file, line, function, source in reversed(raised.frames)]
     notes += [f"rank {m.rank}: {m.raised.text}" for m in members[1:] if m.raised.text != raised.text]
     return Diagnostic("RUN009", f"{who} raised {text}", span=span, ranks=ranks, notes=tuple(notes))
+
+
+def _innermost(raised: Raised) -> Span | None:
+    """The user's line that an exception passed first."""
+    if not raised.frames:
+        return None
+    file, line, function, _ = raised.frames[-1]
+    return Span(file, line, function, stack=tuple((f, n, name) for f, n, name, _ in raised.frames[-2::-1]))
 
 
 def _death(m: Member, output: str) -> Diagnostic:

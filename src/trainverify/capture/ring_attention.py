@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainverify.capture.patches import Note
+from trainverify.diagnostics import Diagnostic, Fault
 
 CODE, TITLE = "DIST002", "ring attention ran with the CPU's flash attention kernel"
 
@@ -46,8 +47,7 @@ class _Ring:
     def forward(self, op, args: tuple, kwargs: dict) -> tuple:
         query, key, value, *rest = args
         dropout_p, is_causal = (*rest, *(0.0, False)[len(rest):])
-        if kwargs.get("attn_mask") is not None:
-            raise NotImplementedError("context_parallel takes no attention mask (is_causal only)")
+        _without_mask(kwargs)
         self.note(CODE, TITLE)
         output, logsumexp, *_ = self.attention._templated_ring_attention(
             query.device_mesh.get_group(), _SEQUENCE_DIM, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
@@ -57,13 +57,20 @@ class _Ring:
 
     def backward(self, op, args: tuple, kwargs: dict) -> tuple:
         grad_out, query, key, value, output, logsumexp, dropout_p, is_causal = args[:8]
-        if kwargs.get("attn_mask") is not None:
-            raise NotImplementedError("context_parallel takes no attention mask (is_causal only)")
+        _without_mask(kwargs)
         grads = self.attention._templated_ring_attention_backward(
             query.device_mesh.get_group(), _SEQUENCE_DIM, op, grad_out=_local(grad_out), grad_out_name="grad_out",
             query=_local(query), key=_local(key), value=_local(value), out=_local(output), logsumexp=_local(logsumexp),
             is_causal=is_causal, dropout_p=dropout_p, scale=kwargs.get("scale"))
         return tuple(_like(query, g) for g in grads[:3])
+
+
+def _without_mask(kwargs: dict) -> None:
+    """torch's ring has no place for a mask, on a GPU neither."""
+    mask = kwargs.get("attn_mask")
+    if mask is not None:
+        raise Fault(Diagnostic("DIST003", f"scaled_dot_product_attention has an attn_mask of shape {list(_local(mask).shape)} inside context_parallel, which takes none",
+                               fix="Pass is_causal=True instead of a mask, or compute this attention outside context_parallel."))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

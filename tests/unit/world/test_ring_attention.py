@@ -6,6 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from trainverify.capture.groups import process_groups
 from trainverify.capture.ring_attention import CODE, ring_attention
+from trainverify.capture.world import run_world
 
 
 def attend(q, k, v):
@@ -36,3 +37,18 @@ def test_without_it_torch_refuses():
         mesh = init_device_mesh("cpu", (1,))
         with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]), pytest.raises(Exception):
             attend(q, q, q)
+
+
+def masked(rank):
+    q = torch.randn(1, 2, 4, 8)
+    with process_groups(rank.rank, rank.world_size, lambda *note: None), ring_attention(lambda *note: None):
+        mesh = init_device_mesh("cpu", (rank.world_size,))
+        with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
+            F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(1, 1, 2, 4))
+
+
+def test_a_mask_is_refused_at_its_line():
+    (fault,) = run_world(2, masked, timeout=60).faults
+    assert (fault.code, fault.severity, fault.ranks, fault.span.function) == ("DIST003", "error", (0, 1), "masked")
+    assert fault.span.line == masked.__code__.co_firstlineno + 5
+    assert "attn_mask of shape [1, 1, 2, 4]" in fault.message and "is_causal=True" in fault.fix
