@@ -3,7 +3,6 @@ that dies costs its own verdict only (imports torch when called, not trusted).""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import signal
@@ -20,12 +19,12 @@ import msgspec
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.options import Options
+from trainverify.processes import die_with
 from trainverify.progress import progress_to
 from trainverify.report import json_
 from trainverify.report.model import Report
 from trainverify.report.versions import versions
 
-_PR_SET_PDEATHSIG = 1
 _PATIENCE = (1.0, 4.0)                        # seconds for an interrupted run to end: by itself, and when told again
 
 
@@ -135,7 +134,7 @@ def _in_child(function: Callable[[], bytes]) -> _Answer:
 def _child(file: BinaryIO, parent: int, function: Callable[[], bytes]) -> NoReturn:
     code = 1
     try:
-        _die_with(parent)
+        die_with(parent)
         os.dup2(2, 1)
         with contextlib.redirect_stdout(sys.stderr):   # a stdout that is no descriptor, too
             file.write(msgspec.msgpack.encode(_answer(function)))
@@ -156,13 +155,6 @@ def _answer(function: Callable[[], bytes]) -> _Answer:
     except Exception as error:  # noqa: BLE001 - the edge of this process: the parent reports it as our own error
         notes = "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
         return _Answer(error=f"{type(error).__name__}: {error}{notes}", traceback="".join(traceback.format_exception(error)))
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:                 # it died before prctl
-        os._exit(1)
 
 
 def _end(pid: int) -> None:

@@ -38,3 +38,6 @@ class Fault(Exception):
     def __init__(self, *diagnostics: Diagnostic):
         super().__init__("; ".join(f"{d.code}: {d.message}" for d in diagnostics))
         self.diagnostics = diagnostics
+
+    def __reduce__(self):
+        return type(self), self.diagnostics, self.__dict__     # it may cross to another process

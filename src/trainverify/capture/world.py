@@ -1,13 +1,12 @@
 """The world: one forked process per rank, joined by the coordinator; no process outlives the call (trusted to run the user's code as it is).
 
 `run_world` forks, serves the ranks' messages until all have ended or no rank can go on, and returns their results with the
-faults. A rank is the leader of its own process group and dies with its parent (PR_SET_PDEATHSIG); a small guardian process
+faults. A rank is the leader of its own process group and dies with its parent; a small guardian process
 kills the groups, with whatever the ranks have started, when the parent is killed outright.
 """
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import os
@@ -35,12 +34,12 @@ from trainverify.capture.coordinator import RUNNING, Coordinator
 from trainverify.capture.userframes import frames_of_exception, frames_of_stack_dump, is_internal
 from trainverify.capture.wire import Key, Signature
 from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.processes import die_with
 
 if TYPE_CHECKING:
     import torch
 
 _FRESH_PROCESS_SEED = 67280421310721          # what torch's default CPU generator starts with
-_PR_SET_PDEATHSIG = 1
 _STACK_SIGNAL = signal.SIGRTMIN + 3           # a rank dumps its Python stack; frameworks use the ordinary signals
 _PID = struct.Struct("<i")
 _POLL = 0.1                                   # seconds between looks for ranks that died
@@ -364,7 +363,7 @@ def _run_child(rank: Rank, child, world: _World, parent: int, mask) -> NoReturn:
     """The life of a rank. Never returns into the parent's stack."""
     try:
         os.setpgid(0, 0)
-        _die_with(parent)
+        die_with(parent)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -417,13 +416,6 @@ def _redirect(path: Path) -> None:
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:                 # it died before prctl
-        os._exit(1)
 
 
 def _fork_guardian() -> tuple[int, int]:

@@ -4,22 +4,28 @@ The child dies with its parent; a child that dies alone costs its answer only.
 """
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
-_PR_SET_PDEATHSIG = 1
+from trainverify.processes import die_with
+
 _STEPS = 40                                   # messages about progress for each phase: a pipe holds that many unread
 
 
 class Lost(Exception):
     """The child gave no answer."""
+
+
+class Unsent(Exception):
+    """The child raised an exception that cannot be handed over: its type and text."""
 
 
 class Beside:
@@ -37,9 +43,10 @@ class Beside:
     def answer(self, told: Any, progress: Callable) -> Any:
         """Hand over what the child waits for, and wait. Raises Lost; what the child raised is raised here with its traceback as a note."""
         try:
-            self._exchange(self._mine.send, told)
+            with contextlib.suppress(OSError):   # a child that has ended has said why
+                self._mine.send(told)
             while True:
-                kind, content = self._exchange(self._mine.recv)
+                kind, content = self._next()
                 if kind == "progress":
                     progress(*content)
                 elif kind == "done":
@@ -51,9 +58,9 @@ class Beside:
         finally:
             self.close()
 
-    def _exchange(self, call: Callable, *content: Any) -> Any:
+    def _next(self) -> tuple[str, Any]:
         try:
-            return call(*content)
+            return self._mine.recv()
         except (EOFError, OSError) as gone:
             self._process.join(5)
             raise Lost(f"exit code {self._process.exitcode}") from gone
@@ -66,28 +73,42 @@ class Beside:
         self._process.join()
 
 
-def _child(work: Callable, pipe: Connection, parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+def _child(work: Callable, pipe: Connection, parent: int) -> NoReturn:
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # the parent decides
     last: dict[tuple, int] = {}
+
+    def told() -> Any:
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionError):
+            os._exit(1)                       # nobody waits any more
+
+    def say(kind: str, content: Any) -> None:
+        try:
+            pipe.send((kind, content))
+        except ConnectionError:
+            os._exit(1)
 
     def progress(phase: str, detail: str = "", fraction: float | None = None) -> None:
         at = -1 if fraction is None else int(fraction * _STEPS)
         if last.get((phase, detail)) != at:
             last[phase, detail] = at
-            pipe.send(("progress", (phase, detail, fraction)))
+            say("progress", (phase, detail, fraction))
     try:
-        message = ("done", work(pipe.recv, progress))
-    except EOFError:
-        os._exit(1)                           # nobody waits any more
-    except BaseException as error:
-        message = ("error", (error, traceback.format_exc()))
-    try:
-        pipe.send(message)
-    except (BrokenPipeError, ConnectionResetError):
-        pass                                  # nobody waits any more
-    pipe.close()
+        say("done", work(told, progress))
+    except BaseException as error:            # whatever it is, the parent raises it
+        say("error", (_sendable(error), traceback.format_exc()))
     os._exit(0)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The exception, or its words where it does not survive the way to another process."""
+    try:
+        return error if type(pickle.loads(pickle.dumps(error))) is type(error) else Unsent(_words(error))
+    except Exception:  # noqa: BLE001 - a class may do anything when it is pickled
+        return Unsent(_words(error))
+
+
+def _words(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()

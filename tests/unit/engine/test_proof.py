@@ -1,5 +1,6 @@
 """The proof as a part of a run: beside it or in it, kept, asked about, withheld, and lost."""
 import os
+import pickle
 import signal
 import sys
 from dataclasses import replace
@@ -15,7 +16,8 @@ from trainverify import cli
 from trainverify.algebra import terms
 from trainverify.certify.certificate import read_certificate, recheck
 from trainverify.engine import analysis
-from trainverify.engine.beside import Beside, Lost
+from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.engine.beside import Beside, Lost, Unsent
 from trainverify.engine.options import Options
 from trainverify.relate.guess import Dictionary
 from trainverify.report.json_ import encode
@@ -124,6 +126,74 @@ def test_what_a_process_raises_is_raised_here():
     with pytest.raises(ZeroDivisionError, match="seven") as caught:
         Beside(work).answer("seven", lambda *a: None)
     assert "in work" in caught.value.__notes__[0]
+
+
+class Unsendable(Exception):
+    """Cannot be pickled."""
+
+    def __reduce__(self):
+        raise TypeError("not across processes")
+
+
+class Unreadable(Exception):
+    """Can be pickled, and not be read again."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} in {where}")
+
+
+@pytest.mark.parametrize("error", [Unsendable("seven"), Unreadable("seven", "heaven")], ids=lambda e: type(e).__name__)
+def test_an_exception_that_cannot_be_handed_over_is_told_in_words(error):
+    def work(told, progress):
+        told()
+        raise error
+    with pytest.raises(Unsent, match=f"{type(error).__name__}: seven") as caught:
+        Beside(work).answer(1, lambda *a: None)
+    assert "in work" in caught.value.__notes__[0]
+
+
+def test_an_answer_that_cannot_be_handed_over_is_an_error():
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        Beside(lambda told, progress: (told(), lambda: 0)).answer(1, lambda *a: None)
+
+
+def test_what_a_process_raised_before_it_was_told_anything_is_not_lost():
+    def work(told, progress):
+        raise ZeroDivisionError("early")
+    beside = Beside(work)
+    beside._process.join()
+    with pytest.raises(ZeroDivisionError, match="early"):
+        beside.answer(1, lambda *a: None)
+
+
+def test_an_eof_inside_the_work_is_an_error_of_it():
+    def work(told, progress):
+        told()
+        raise EOFError("a file ends")
+    with pytest.raises(EOFError, match="a file ends"):
+        Beside(work).answer(1, lambda *a: None)
+
+
+def test_a_fault_stays_a_fault():
+    fault = Fault(Diagnostic("REL001", "differs", ranks=(1,)))
+
+    def work(told, progress):
+        raise fault
+    with pytest.raises(Fault) as caught:
+        Beside(work).answer(1, lambda *a: None)
+    assert caught.value.diagnostics == fault.diagnostics
+
+
+def test_an_error_of_the_proof_is_our_own(spec, monkeypatch, capsys):
+    monkeypatch.setattr(analysis, "WORTH_A_PROCESS", 0)
+
+    def raising(*arguments):
+        raise Unsendable("no such row")
+    monkeypatch.setattr(analysis, "prove_programs", raising)
+    assert cli.main(["verify", "spec.py", "--steps", "1", "-q"]) == 4
+    told = capsys.readouterr().err
+    assert "internal error" in told and "Unsendable: no such row" in told and "PROVE001" not in told
+    assert "in raising" in (Path(".trainverify") / "internal-error.txt").read_text()
 
 
 def test_an_answer_and_its_progress():

@@ -11,19 +11,19 @@ ROOT = Path(__file__).parents[3] / "src" / "trainverify"
 # Lower layers first; a layer may import from those before it. algebra/base.py is the interface that rows are written in, so it stands below ops.
 LAYERS = ("diagnostics", "report.model", "ir", "algebra.base", "ops", "algebra", "replay", "relate", "engine", "diagnose", "report", "verify", "cli")
 ALONGSIDE = {
-    "capture": {"diagnostics", "ir", "ops", "api"},
+    "capture": {"diagnostics", "ir", "ops", "api", "processes"},
     "api": {"diagnostics"},
     "kernel": {"diagnostics"},
     "certify": {"kernel", "diagnostics"},
     "shapes": {"diagnostics", "ir", "ops"},
-    "progress": set(), "explain": set(), "optable": {"ops"},
+    "progress": set(), "processes": set(), "explain": set(), "optable": {"ops"},
     "cli": {*LAYERS, "progress", "explain", "optable", "config", "cases", "certify"},
-    "config": {"diagnostics"}, "cases": {"verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
-    "verify": {"capture", "api", "certify"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel"}, "report": {"explain"},
+    "config": {"diagnostics"}, "cases": {"processes", "verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
+    "verify": {"capture", "api", "certify"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel", "processes"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},
     "testing": {"verify", "cases", "engine", "report", "report.model"}, "pytest_plugin": {"testing", "cases", "diagnostics", "report"},
 }
-NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "certify", "cli", "progress", "explain", "optable", "config", "cases", "testing", "pytest_plugin", "__init__", "__main__")
+NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "certify", "cli", "progress", "processes", "explain", "optable", "config", "cases", "testing", "pytest_plugin", "__init__", "__main__")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
