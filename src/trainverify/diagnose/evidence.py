@@ -57,7 +57,7 @@ def parameter_words(relations: Relations, rank: int, ref: TensorRef) -> str:
 
 def origin_words(search: Search, relations: Relations, maker: Node, ref: TensorRef) -> str:
     """Which part of which value of the reference an operand holds, "" if that cannot be said in a few words."""
-    prints = _prints(search, maker, ref)
+    prints = prints_of(search, maker, ref)
     found = search.watch.home(prints) if prints is not None else None
     if found is None or found[0].call < 0:
         return ""
@@ -70,7 +70,7 @@ def origin_words(search: Search, relations: Relations, maker: Node, ref: TensorR
     return f"equals {relations.home_words(home)}" + (f", its part {part} of {list(shape)}" if part and not whole else "")
 
 
-def _prints(search: Search, maker: Node, ref: TensorRef) -> np.ndarray | None:
+def prints_of(search: Search, maker: Node, ref: TensorRef) -> np.ndarray | None:
     """Fingerprints of a region that a call wrote, if they were kept."""
     for target, prints in search.watch.printed.get(search.flow.delivered(maker), ()):
         if target.storage != ref.storage or len(prints) != target.numel:
