@@ -49,7 +49,7 @@ def _notes(report: Report, root: str) -> list[_Note]:
     out = [_Note(_LEVELS.get(d.severity, "error"), place_under(d.span, root), d.code, d.message, "\n".join(lines), run) for d, lines in told]
     spec = relative_to(report.spec, root) if report.spec.endswith(".py") else ""
     unexplained = [o for o in report.outputs if o.verdict == "REFUTED" and o.finding < 0]
-    for verdict, outs in (("REFUTED", unexplained), ("UNKNOWN", report.undecided())):
+    for verdict, outs in (("REFUTED", unexplained), ("UNKNOWN", report.unexplained())):
         by_reason: dict[str, list[str]] = {}
         for o in outs:
             by_reason.setdefault(o.algebra or o.reason or "no reason recorded", []).append(o.name)

@@ -129,13 +129,12 @@ class Report(msgspec.Struct):
         return sum(o.verdict == verdict for o in self.outputs)
 
     def equal_only(self, output: OutputResult) -> bool:
-        """Whether an unknown output is one that the evidence calls equal without reserve, and only a proof is missing."""
-        reason = output.reason
-        return output.verdict == "UNKNOWN" and (reason == self.evidence != "" or reason.startswith("equal ") and ", but " not in reason)
+        """Whether an unknown output is equal in the field without reserve, and only a proof is missing (which is no pass)."""
+        return output.verdict == "UNKNOWN" and output.reason.startswith("equal ") and ", but " not in output.reason
 
-    def undecided(self) -> list[OutputResult]:
-        """Unknown outputs for which more is missing than a proof."""
-        return [o for o in self.outputs if o.verdict == "UNKNOWN" and not self.equal_only(o)]
+    def unexplained(self) -> list[OutputResult]:
+        """Unknown outputs of which a reader must be told why: all, but beside a difference not those that only lack a proof."""
+        return [o for o in self.outputs if o.verdict == "UNKNOWN" and (self.verdict != "REFUTED" or not self.equal_only(o))]
 
     @property
     def label(self) -> str:

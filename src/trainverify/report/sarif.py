@@ -22,7 +22,7 @@ from trainverify.report.words import ascii_text, fold_names, short_path
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _LINK = re.compile(r"\[([^][]*)\]\(")
 _LEVELS = {"error": "error", "warning": "warning", "note": "note"}
-_VERDICT_RULES = {"REFUTED": "An output differs from the reference, and no single cause was found", "UNKNOWN": "An output could not be decided"}
+_VERDICT_RULES = {"REFUTED": "An output differs from the reference, and no single cause was found", "UNKNOWN": "An output is not proved"}
 
 
 def render(reports: Sequence[Report], root: str) -> str:
@@ -67,7 +67,7 @@ def _results(report: Report, root: str) -> list[dict[str, Any]]:
     out = [_result(report, f.diagnostic, finding_lines(report, i), root, f) for i, f in enumerate(report.findings)]
     out += [_result(report, d, diagnostic_lines(d), root) for d in (*report.diagnostics, *report.warnings) if d.severity in _LEVELS]
     out += _by_reason(report, "REFUTED", [o for o in report.outputs if o.verdict == "REFUTED" and o.finding < 0], root)
-    return out + _by_reason(report, "UNKNOWN", report.undecided(), root)
+    return out + _by_reason(report, "UNKNOWN", report.unexplained(), root)
 
 
 def _result(report: Report, d: Diagnostic, lines: Sequence[str], root: str, finding: Finding | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The text report of several runs: one summary table, then the full report of every run that needs to be read. Shows what the reports hold and decides
+"""The text report of several runs: one summary table, then the full report of every run that is not PROVED. Shows what the reports hold and decides
 nothing, not trusted."""
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def render(suite: Suite, *, width: int = WIDTH, saved: str = "") -> str:
     sections = [_header(suite, width), wrap(f"{suite.verdict}: ", _says(suite), width, indent=2), _rows(suite, width)]
     told: dict[tuple, str] = {}
     for report in suite.reports:
-        if not _to_be_read(report):
+        if report.verdict == "PROVED":
             continue
         name, causes = short_path(report.label), _causes(report)
         rule = [f"---- {name} ".ljust(width, "-")]
@@ -27,7 +27,8 @@ def render(suite: Suite, *, width: int = WIDTH, saved: str = "") -> str:
             continue
         told.setdefault(causes, name)
         sections.append([*rule, "", text.render(report, width=width).rstrip("\n")])
-    sections.insert(3, facts([r for r in suite.reports if not _to_be_read(r)], width))
+    proved = [r for r in suite.reports if r.verdict == "PROVED"]
+    sections.insert(3, facts(proved, width, partly=len(proved) < len(suite.reports)))
     last = [_says(suite), f"{suite.seconds:.1f} s", *([f"report: {short_path(saved)}"] if saved else [])]
     sections.append(join_wrapped(last, " | ", width) + ([f"rerun: {suite.rerun}"] if suite.rerun else []))
     made = "\n\n".join("\n".join(s) for s in sections if s) + "\n"
@@ -66,11 +67,6 @@ def _rows(suite: Suite, width: int) -> list[str]:
         what = ", ".join(_at(*c) for c in _causes(r)) or (says(r) if r.verdict != "PROVED" else "")
         lines += wrap(" " * (_NAME + 5), what, width) if what else []
     return lines
-
-
-def _to_be_read(report: Report) -> bool:
-    """Whether there is more to say than that the outputs are equal (and perhaps not proved yet)."""
-    return report.verdict in ("REFUTED", "ERROR") or bool(report.undecided()) or not report.outputs
 
 
 def _causes(report: Report) -> tuple[tuple[str, str], ...]:

@@ -67,7 +67,7 @@ def headline(report: Report) -> str:
 
 def _headline(report: Report, width: int) -> list[str]:
     lines = wrap(f"{_word(report)}: ", says(report), width, indent=2)
-    if report.mode == "verify" and report.verdict == "UNKNOWN" and report.evidence:
+    if report.mode == "verify" and report.verdict == "UNKNOWN" and report.evidence and any(map(report.equal_only, report.outputs)):
         lines += wrap("  evidence  ", f"{report.evidence}: this is evidence, not a proof", width)
     return lines
 
@@ -292,6 +292,8 @@ def _why(report: Report, o: OutputResult) -> str:
         d = report.findings[o.finding].diagnostic
         cause = d.code + (f" at {os.path.basename(d.span.file)}:{d.span.line}" if d.span else "")
     reason = "" if cause and o.verdict == "REFUTED" else o.reason   # "differs" is said already
+    if report.evidence and reason.startswith(f"{report.evidence}; "):
+        reason = f"equal, but {reason.removeprefix(f'{report.evidence}; ')}"   # the evidence stands above
     return "; ".join(t for t in (o.algebra, reason, cause) if t) or "no reason recorded"
 
 
@@ -323,12 +325,12 @@ def _facts(report: Report, width: int) -> list[str]:
     return lines
 
 
-def facts(reports: Sequence[Report], width: int = WIDTH) -> list[str]:
-    """For what the verdicts of these runs hold, on what they rest, and what their inputs could not have shown; what several say is said once."""
+def facts(reports: Sequence[Report], width: int = WIDTH, partly: bool = False) -> list[str]:
+    """For what the verdicts of these runs (partly: of more than these) hold, on what they rest, and what their inputs could not have shown; what
+    several say is said once."""
     scope = [f"these token ids, sizes, {count_of(r.ranks, 'rank')} and this case" for r in reports if r.outputs and r.verdict in ("PROVED", "UNKNOWN")]
     scope = ["in each run, its token ids, sizes, ranks and case"] if len(scope) > 1 else scope
-    kinds = {r.verdict for r in reports if r.outputs}
-    proved = ["every value of the weights, over the real numbers" + (", where PROVED" if len(kinds) > 1 else "")] if "PROVED" in kinds else []
+    proved = ["every value of the weights, over the real numbers" + (", where PROVED" if partly else "") for r in reports if r.verdict == "PROVED" and r.outputs]
     assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for r in reports for a in r.assumptions]
     not_run = [short_paths(t) for r in reports for t in r.not_run]
     weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for r in reports for d in r.warnings]

@@ -160,6 +160,11 @@ def test_github_closes_with_the_verdict(name, level):
     assert found == level and given["title"] == f"{reports.ALL[name]().verdict}: spec.py[tp=2]" and "\nrerun: trainverify verify" in message
 
 
+def test_github_says_why_equal_outputs_do_not_pass():
+    told = "equal at 2 field points, error <= 2^-40; no proof that aten.mul.Tensor on rank 0"
+    assert [level for level, _, message in annotations(reports.equal_in_field()) if message.startswith(told)] == ["warning"]
+
+
 # ---- SARIF
 
 def log(*made):
@@ -188,6 +193,11 @@ def test_sarif_rules_are_those_of_the_results(name):
     (run,) = log(ALL[name]())["runs"]
     rules = [r["id"] for r in run["tool"]["driver"]["rules"]]
     assert all(rules[r["ruleIndex"]] == r["ruleId"] for r in run["results"]) and set(rules) == {r["ruleId"] for r in run["results"]}
+
+
+def test_sarif_has_a_result_for_what_is_only_equal_where_that_is_the_verdict():
+    (unproved,), beside = ([r["message"]["text"] for r in log(made)["runs"][0]["results"] if r["ruleId"] == "UNKNOWN"] for made in (reports.equal_in_field(), reports.refuted()))
+    assert "no proof that aten.mul.Tensor on rank 0" in unproved and beside == []
 
 
 def test_sarif_names_the_line_of_the_cause(snapshot):

@@ -1,4 +1,4 @@
-"""The text of several runs: one table, what the good ones rest on, and the full report of every run that needs to be read."""
+"""The text of several runs: one table, what the good ones rest on, and the full report of every run that is not."""
 from pathlib import Path
 
 import pytest
@@ -42,14 +42,20 @@ def test_the_verdict_and_the_table_stand_on_the_first_screen():
     assert lines[2] == "REFUTED: 3 runs: 1 refuted, 1 error, 1 proved" and lines[5].startswith("  tp=1 ") and lines[7].strip() == "REL002 at norm.py:13"
 
 
-def test_runs_that_are_equal_are_told_in_the_table_alone():
+def test_runs_that_are_proved_are_told_in_the_table_alone():
+    rendered = table.render(suite("proved", "proved"))
+    assert "---- " not in rendered and rendered.count(" PROVED ") == 2
+    assert rendered.count("A1 casts are the identity") == 1 and "in each run, its token ids" in rendered and "over the real numbers\n" in rendered
+
+
+def test_a_run_that_is_only_equal_is_told_with_the_reason_that_it_is_not_proved():
     rendered = table.render(suite("proved", "equal_in_field"))
-    assert "---- " not in rendered and rendered.count(" PROVED ") == 1 and "all 100 outputs equal at 2 field points; not proved" in rendered
-    assert rendered.count("A1 casts are the identity") == 1 and "in each run, its token ids" in rendered and "real numbers, where PROVED" in rendered
+    assert "all 100 outputs equal at 2 field points; not proved" in rendered and "over the real numbers, where PROVED\n" in rendered
+    assert "no proof that aten.mul.Tensor on rank 0" in " ".join(rendered.partition("---- spec.py[tp=2]")[2].split())
 
 
-@pytest.mark.parametrize("name", ["mixed_unknown", "dry_run", "captured"])
-def test_what_is_not_simply_equal_is_shown_in_full(name):
+@pytest.mark.parametrize("name", ["equal_in_field", "mixed_unknown", "dry_run", "captured"])
+def test_what_is_not_proved_is_shown_in_full(name):
     assert f"---- spec.py[tp=1] {'-' * 61}\n\ntrainverify 0.1.0" in table.render(suite(name))
 
 

@@ -71,6 +71,12 @@ def test_the_verdict_stands_on_the_first_screen():
         assert any(line.startswith(("PROVED: ", "REFUTED: ", "UNKNOWN: ", "ERROR: ", "DRY RUN: ", "CAPTURED: ")) for line in first)
 
 
+def test_evidence_is_named_where_it_speaks_for_an_output():
+    for reason, named in ((f"{reports.EVIDENCE}; no proof", True), ("3 elements have no known meaning: see OPS001", False)):
+        rendered = text.render(Report(verdict="UNKNOWN", evidence=reports.EVIDENCE, outputs=[OutputResult("scalar", "loss", 1, (0,), "UNKNOWN", reason)]))
+        assert ("  evidence  " in rendered) is named and ("equal, but no proof" in rendered) is named
+
+
 def test_every_output_that_is_not_equal_is_named_with_its_reason():
     reasons = {"layers.0.a": "no partner", "layers.1.a": "no partner", "head.b": "never written back"}
     outs = [OutputResult("parameter", n, 1, (0,), "UNKNOWN", why) for n, why in reasons.items()]
