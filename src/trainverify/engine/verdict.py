@@ -15,7 +15,7 @@ from trainverify.engine.prove import Proof
 from trainverify.relate.compare import Compared, Piece
 
 EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with rounded constants
-OPAQUE = {"OPS001", "OPS002", "OPS003", "OPS004", "OPS005", "CAP006"}   # values without a known meaning: garbage, which is nobody's NaN and nobody's memory
+OPAQUE = {"OPS001", "OPS002", "OPS003", "OPS004", "OPS005", "OPS006", "CAP006"}   # values without a known meaning: garbage, which is nobody's NaN and nobody's memory
 BLOCKING = {"REL007", "REL008", "CONF001", "CONF002", "CAP001"} | OPAQUE
 DISTRUSTED = {"CONF001", "CONF002"}           # the replay is not what ran: its witnesses show nothing
 

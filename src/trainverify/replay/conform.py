@@ -15,7 +15,8 @@ from trainverify.ops.table import OpTable
 from trainverify.replay.machine import EMPTY, DECIDED, Machine
 from trainverify.replay.memory import is_float
 
-ROUNDING = {"float64": 1e-9, "float32": 2e-4, "bfloat16": 5e-2, "float16": 1e-2, "complex64": 2e-4, "complex128": 1e-9}
+ROUNDING = {"float64": 1e-9, "float32": 2e-4, "bfloat16": 5e-2, "float16": 1e-2, "complex64": 2e-4, "complex128": 1e-9,
+            "float8_e4m3fn": 0.125, "float8_e4m3fnuz": 0.125, "float8_e5m2": 0.25, "float8_e5m2fnuz": 0.25, "float8_e8m0fnu": 1.0}
 
 
 @dataclass(slots=True)
@@ -95,6 +96,8 @@ class Conformance:
         mine = torch.complex(v.re.t, v.im.t) if isinstance(v, Complex) else v.t
         mine = mine.expand(native.shape) if mine.shape != native.shape else mine
         theirs = native.to(mine.dtype)
+        if native.dtype.itemsize == 1:            # what is too large for eight bits becomes their largest number
+            mine = mine.clamp(torch.finfo(native.dtype).min, torch.finfo(native.dtype).max)
         both = torch.isfinite(mine.abs()) & torch.isfinite(theirs.abs())
         bad = both & ((mine - theirs).abs() > ROUNDING[ref.dtype] * max(scale, float(theirs[both].abs().max()) if both.any() else 0.0, 1e-30))
         bad |= torch.isnan(mine.abs()) & torch.isfinite(theirs.abs())

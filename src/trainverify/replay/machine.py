@@ -168,6 +168,7 @@ class Machine:
             hook(self, call)
         self.native.provide(call)
         involved = self.involves(call)
+        self.look_at_bytes(call, reads(call))
         values = [self._arguments(m, call, base) for m in self.algebras] if involved and base not in EMPTY else []
         results = self.native.run(call)
         if base in EMPTY and call.rng:
@@ -178,8 +179,8 @@ class Machine:
         elif involved:
             for m, (args, kwargs) in zip(self.algebras, values):
                 self._evaluate(m, call, base, args, kwargs, results)
-        elif any(t.dtype == "bool" for t in call.targets()):
-            self._concrete(call)
+        else:
+            self.overwritten(call.targets(), results)
         for hook in self.hooks.after:
             hook(self, call, results)
 
@@ -196,10 +197,27 @@ class Machine:
                 for mem in self.memory.values():
                     mem.forget(mem._real_ref(ref) if ref.dtype.startswith("complex") else ref)
 
-    def _concrete(self, call: OpCall) -> None:
-        for ref in call.targets():
-            for mem in self.memory.values():
-                mem.drop(ref.storage)
+    def overwritten(self, refs, results) -> None:
+        """Plain data was written: integers, concrete masks."""
+        for ref, data in zip(refs, results):
+            if data is not None and not is_float(ref.dtype):
+                for mem in self.memory.values():
+                    mem.overwrite(ref, data)
+
+    def look_at_bytes(self, call: OpCall, refs) -> None:
+        """Floats that are read as another type: integers that depend on symbols, and nothing says how."""
+        for ref in refs:
+            for m in self.algebras:
+                mem = self.memory[m.name]
+                if not mem.reinterpreted(ref):
+                    continue
+                have = mem.dtypes[ref.storage]
+                if have == "bool":                # the mask as numbers: as if it were cast
+                    mask = TensorRef(ref.storage, ref.offset, ref.size, ref.stride, have)
+                    self.decide(call, "cast", m, (mem.load(mask),), self.native.tensor(ref).clone())
+                elif not any(d.code == "OPS006" and d.span == self.span(call) for d in self.diagnostics):
+                    self.diagnose("OPS006", f"{call.name} reads as {ref.dtype} what is {have}: bytes have no meaning over the real numbers", call,
+                                  fix="convert with .to(dtype), and communicate tensors in the type that they have")
 
     def _evaluate(self, m: Algebra, call: OpCall, base: str, args, kwargs, results) -> None:
         self.place(m, call)
@@ -253,7 +271,7 @@ class Machine:
             elif ref.dtype == "bool" and v is not None and not isinstance(v, torch.Tensor) and not m.is_const(v) and m.name != "real":
                 mem.store(ref, v)
             else:
-                mem.drop(ref.storage)
+                mem.overwrite(ref, results[k])
                 self._cast_decision(m, call, ref, v, results[k])
 
     def _cast_decision(self, m: Algebra, call: OpCall, ref: TensorRef, v, native) -> None:

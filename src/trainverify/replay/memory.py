@@ -7,11 +7,10 @@ import torch
 
 from trainverify.algebra.base import Algebra, Complex, V
 from trainverify.ir.trace import TensorRef
-from trainverify.replay.errors import ReplayError
 from trainverify.replay.native import NativeMemory, dtype_of
 
-FLOATS = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
-          "complex64": "float32", "complex128": "float64"}
+FLOATS = {**{name: name for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
+                                     "float8_e8m0fnu")}, "complex64": "float32", "complex128": "float64"}
 
 
 def _is_long(flat: torch.Tensor) -> bool:
@@ -34,10 +33,16 @@ class AlgebraMemory:
         self.m, self.native, self.key, self.bind = m, native, key, bind
         self.cells: dict[int, object] = {}
         self.dtypes: dict[int, str] = {}
+        self.plain: set[int] = set()          # storages that plain data was written over: their first bytes are gone
         self.rounded = False                  # whether data was read that may be rounded results (float32 with a long mantissa)
 
     def has(self, ref: TensorRef) -> bool:
         return ref.storage in self.cells
+
+    def reinterpreted(self, ref: TensorRef) -> bool:
+        """Whether the reference reads what the storage holds as another type: bytes have no meaning over the reals."""
+        have = self.dtypes.get(ref.storage) if ref.storage in self.cells else None
+        return have is not None and have != FLOATS.get(ref.dtype, ref.dtype)
 
     def _real_ref(self, ref: TensorRef) -> TensorRef:
         """A complex reference as pairs of floats in a trailing dimension."""
@@ -51,12 +56,14 @@ class AlgebraMemory:
             return Complex(self.m.take([pair], index.select(n, 0)), self.m.take([pair], index.select(n, 1)))
         if ref.storage not in self.cells:
             self._open(ref)
-        self._same_width(ref)
+        if self.reinterpreted(ref):
+            return self.m.reshape(self.m.garbage(f"{self.key}.{ref.storage}.bytes", ref.numel), ref.size)
         return self.m.load(self.cells[ref.storage], ref.offset, ref.size, ref.stride)
 
     def _open(self, ref: TensorRef) -> None:
-        if self.native.initial(ref.storage) is None and ref.storage in self.native.storages:
-            return self.forget(ref)           # memory that nobody wrote
+        nobody = self.native.initial(ref.storage) is None and ref.storage in self.native.storages
+        if nobody or ref.storage in self.plain:
+            return self.forget(ref)           # memory that nobody wrote, or not as floats
         bound = self.bind(ref.storage, ref.dtype)
         if bound is None:
             storage = self.native.storage(ref.storage)
@@ -66,11 +73,6 @@ class AlgebraMemory:
             self.rounded = self.rounded or ref.dtype in ("float32", "float64") and _is_long(flat)
         self.cells[ref.storage] = self.m.cell(bound)
         self.dtypes[ref.storage] = ref.dtype
-
-    def _same_width(self, ref: TensorRef) -> None:
-        have = self.dtypes[ref.storage]
-        if dtype_of(have).itemsize != dtype_of(ref.dtype).itemsize:
-            raise ReplayError(f"storage {ref.storage} holds {have} and is used as {ref.dtype}: reinterpreted bytes have no meaning over the reals")
 
     def store(self, ref: TensorRef, v: V) -> None:
         if isinstance(v, Complex):
@@ -85,7 +87,8 @@ class AlgebraMemory:
                 self.dtypes[ref.storage] = ref.dtype
             else:
                 self._open_for_write(ref)
-        self._same_width(ref)
+        if self.reinterpreted(ref):
+            self.forget(ref)
         self.cells[ref.storage] = self.m.store(self.cells[ref.storage], ref.offset, ref.size, ref.stride, v)
 
     def _numel(self, ref: TensorRef) -> int:
@@ -106,6 +109,20 @@ class AlgebraMemory:
         self.cells[ref.storage] = self.m.cell(self.m.garbage(f"{self.key}.{ref.storage}", self._numel(ref)))
         self.dtypes[ref.storage] = ref.dtype
 
+    def overwrite(self, ref: TensorRef, data: torch.Tensor) -> None:
+        """Plain data (integers, a concrete mask) was written; what it does not cover stays, unless it is of another type."""
+        if self.native.initial(ref.storage) is not None:
+            self.plain.add(ref.storage)
+        if ref.storage not in self.cells or ref.numel == 0:
+            return
+        if self._covers(ref):
+            self.plain.add(ref.storage)
+            self.drop(ref.storage)
+        elif self.reinterpreted(ref):
+            self.forget(TensorRef(ref.storage, 0, (0,), (1,), self.dtypes[ref.storage]))
+        else:
+            self.store(ref, self.m.data(data))
+
     def drop(self, storage: int) -> None:
-        """The storage holds plain data again (an integer or concrete mask was written over it)."""
+        """Nothing is known of the storage: it is no longer used."""
         self.cells.pop(storage, None)

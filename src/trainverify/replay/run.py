@@ -110,8 +110,7 @@ class World:
             del self.meetings[key]
         self._write_native(machine, call, results["native"])
         for m in self.algebras:
-            if m.name in results:
-                self._write(machine, m, call, results[m.name])
+            self._write(machine, m, call, results.get(m.name) or results["native"])
         for hook in machine.hooks.after:
             hook(machine, call, [])
         return True
@@ -119,6 +118,7 @@ class World:
     def _send(self, machine: Machine, call: OpCall) -> dict[str, list]:
         for hook in machine.hooks.before:
             hook(machine, call)
+        machine.look_at_bytes(call, call.collective.inputs)
         return self._copies(machine, call.collective.inputs)
 
     def _copies(self, machine: Machine, refs: tuple[TensorRef, ...]) -> dict[str, list]:
@@ -154,7 +154,9 @@ class World:
         for k, (ref, v) in enumerate(zip(call.collective.outputs, values)):
             if v is None:
                 continue
-            if is_float(ref.dtype) or ref.dtype == "bool":
+            if isinstance(v, torch.Tensor) or not (is_float(ref.dtype) or ref.dtype == "bool"):
+                mem.overwrite(ref, machine.native.tensor(ref))
+            else:
                 mem.store(ref, v if tuple(v.shape) == ref.size else m.reshape(v, ref.size))
                 machine.elements += ref.numel
                 if machine.hooks.value and is_float(ref.dtype):
@@ -167,8 +169,7 @@ class World:
             return False
         self._write_native(machine, call, values["native"])
         for m in self.algebras:
-            if any(not isinstance(v, torch.Tensor) for v in values[m.name]):
-                self._write(machine, m, call, values[m.name])
+            self._write(machine, m, call, values[m.name])
         for hook in machine.hooks.after:
             hook(machine, call, [])
         return True
