@@ -24,13 +24,15 @@ def init_fake(rank: int, world_size: int, init=c10d.init_process_group) -> None:
 
 
 @contextlib.contextmanager
-def process_groups(rank: int, world_size: int, note: Note) -> Iterator[None]:
-    """Initialise the default group and keep torch.distributed's group functions on the fake backend until exit."""
+def process_groups(rank: int, world_size: int, note: Note) -> Iterator[list[device_mesh.DeviceMesh]]:
+    """Initialise the default group and keep torch.distributed's group functions on the fake backend until exit. Gives all meshes that are
+    made meanwhile: their axes name groups, also when the program has let go of the mesh."""
     init_fake(rank, world_size)
     patches = Patches()
-    _Groups(rank, world_size, note, patches).install()
+    groups = _Groups(rank, world_size, note, patches)
+    groups.install()
     try:
-        yield
+        yield groups.meshes
     finally:
         patches.restore()
         if dist.is_initialized():
@@ -43,6 +45,7 @@ class _Groups:
     def __init__(self, rank: int, world_size: int, note: Note, patches: Patches):
         self.rank, self.world_size, self.note, self.patches = rank, world_size, note, patches
         self.asked: dict[str, str] = {}        # backend asked for, by group name
+        self.meshes: list[device_mesh.DeviceMesh] = []
         self.init_calls = 0
         self.original_init = c10d.init_process_group
         self.original_helper = c10d._new_process_group_helper
@@ -59,6 +62,7 @@ class _Groups:
 
         def mesh_init(mesh, device_type, *args, **kwargs):
             groups.original_mesh_init(mesh, groups.mesh_device(device_type), *args, **kwargs)
+            groups.meshes.append(mesh)         # slices and flattened meshes get the names of their groups after this
 
         self.patches.set(device_mesh.DeviceMesh, "__init__", mesh_init)
 

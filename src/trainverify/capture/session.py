@@ -1,7 +1,6 @@
 """Capture of a spec's two programs: forks the ranks, runs the user's functions under the recorder, brings the traces back (trusted)."""
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import sys
@@ -19,6 +18,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from trainverify.api import Reference, Training
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
@@ -235,13 +235,14 @@ class _Session:
         self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0))) if symbols else None
         self.outputs = Outputs(self.recorder, self.symbols)
         self.stepped = (0, 0.0)
+        self.meshes: list[DeviceMesh] = []
 
     @contextmanager
     def environment(self) -> Iterator[None]:
         """What the program meets: process groups, GPUs that are none, optimizers that are watched."""
         note = self.recorder.note
         with ExitStack() as stack:
-            stack.enter_context(process_groups(self.rank.rank, self.rank.world_size, note))
+            self.meshes = stack.enter_context(process_groups(self.rank.rank, self.rank.world_size, note))
             stack.enter_context(cuda_shim(self.recorder, local_rank=self.rank.rank, count=self.rank.world_size))
             stack.enter_context(ring_attention(note))
             stack.enter_context(self.outputs)
@@ -280,7 +281,7 @@ class _Session:
     def save(self, handed: bytes = b"", early: Sequence[Early] = ()) -> bytes:
         meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
                 "optimizers": msgspec.json.encode(self.outputs.settings).decode()}
-        trace = self.recorder.trace(groups=_groups(), steps=self.options.steps, meta=meta)
+        trace = self.recorder.trace(groups=_groups(self.meshes), steps=self.options.steps, meta=meta)
         self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
         result = _Result(len(trace.ops), time.process_time(), _pss(), handed, list(early), self.stepped)
         save_rank(self.base / trace.side, trace, self.recorder.blobs)
@@ -359,12 +360,10 @@ def _save_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
     save_file({k: v.detach().clone().contiguous() for k, v in entries.items()}, folder / "model.safetensors")
 
 
-def _groups() -> list[Group]:
+def _groups(meshes: list[DeviceMesh]) -> list[Group]:
     """All process groups of this rank, with the mesh axes that they belong to (the shortest name where several meshes share a group)."""
-    from torch.distributed.device_mesh import DeviceMesh
-
     axes: dict[str, str] = {}
-    for mesh in (o for o in gc.get_objects() if isinstance(o, DeviceMesh)):
+    for mesh in meshes:
         for axis, name in zip(mesh.mesh_dim_names or (), getattr(mesh, "_dim_group_names", ())):
             axes[name] = min(axes.get(name, axis), axis, key=lambda a: (len(a), a))
     world = dist.distributed_c10d._world

@@ -1,8 +1,11 @@
 """torch.distributed's groups over the fake backend."""
+import gc
+
 import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from trainverify.capture.groups import process_groups
+from trainverify.capture.session import _groups
 from trainverify.diagnostics import Fault
 
 
@@ -65,3 +68,20 @@ def test_meshes_are_on_the_cpu(notes):
 def test_barriers(notes):
     dist.barrier(device_ids=[0])
     dist.monitored_barrier()
+
+
+def test_a_mesh_that_the_program_lets_go_of_still_names_its_groups():
+    with process_groups(0, 12, lambda *_: None) as meshes:
+        mesh = init_device_mesh("cpu", (2, 3, 2), mesh_dim_names=("pp", "dp", "tp"))
+        mesh["pp", "dp"]._flatten("replicas")
+        del mesh
+        gc.collect()
+        named = {g.axis: g.ranks for g in _groups(meshes)}
+    assert named.items() >= {"pp": (0, 6), "dp": (0, 2, 4), "tp": (0, 1), "replicas": (0, 2, 4, 6, 8, 10)}.items()
+
+
+def test_meshes_of_another_capture_name_nothing():
+    with process_groups(0, 4, lambda *_: None):
+        init_device_mesh("cpu", (4,), mesh_dim_names=("other",))
+    with process_groups(0, 4, lambda *_: None) as meshes:
+        assert meshes == [] and {g.axis for g in _groups(meshes)} == {""}
