@@ -64,6 +64,13 @@ def test_bits_of_a_float_are_no_constants():
     assert_unknown(compare_forward(bits, bits), "OPS006", line_of(bits, ">>"))
 
 
+def test_bits_that_leave_for_python_are_no_constants():
+    def bits(h):
+        sign = h.detach().view(torch.int32).tolist()[0][0] >= 0
+        return h * 2 if sign else h
+    assert_unknown(compare_forward(bits, bits), "OPS006", line_of(bits, "tolist"))
+
+
 def test_bytes_that_travel_as_integers_are_not_followed():
     def gathered(h):
         mine = h.detach().to(torch.bfloat16).view(torch.int16)

@@ -41,6 +41,19 @@ def decoded(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(_FLOATS[dtype]).astype(np.float32)
 
 
+def is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat", "complex"))
+
+
+def _has_tags(dtype: str) -> bool:
+    """Whether symbols may be of this type."""
+    return dtype in _FLOATS or dtype == "bfloat16"
+
+
+def _width(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(_FLOATS[dtype]).itemsize
+
+
 def something_leaves(program: Program, table: TagTable) -> bool:
     """Whether a float that may depend on symbols has left a tensor for Python."""
     return any(_leaves(t, b, table) for t, b in zip(program.traces, program.blobs))
@@ -55,8 +68,8 @@ def _leaves(trace: Trace, blobs: dict, table: TagTable) -> bool:
         if ref.storage not in seen:
             seen.add(ref.storage)
             raw = blobs.get(f"init.{ref.storage}")
-            if raw is not None and (ref.dtype in _FLOATS or ref.dtype == "bfloat16"):
-                usable = raw[: len(raw) // 8 * 8]
+            if raw is not None and _has_tags(ref.dtype):
+                usable = raw[: len(raw) // _width(ref.dtype) * _width(ref.dtype)]
                 if (table.decode(decoded(np.ascontiguousarray(usable), ref.dtype)) >= 0).any():
                     tainted.add(ref.storage)
         return ref.storage in tainted
@@ -67,14 +80,14 @@ def _leaves(trace: Trace, blobs: dict, table: TagTable) -> bool:
             seen.add(call.args[2].storage)
             continue
         if call.collective is not None:
-            tainted.update(o.storage for o in call.collective.outputs if o.dtype in _FLOATS or o.dtype == "bfloat16")
+            tainted.update(o.storage for o in call.collective.outputs if is_float(o.dtype))
             continue
         from_symbols = any(dirty(r) for r in inputs(call)) or any(s.id in scalars for s in _scalars(call))
         if not from_symbols:
             continue
         if call.name == "tv.escape":
             ref = call.args[1]
-            if isinstance(ref, ScalarRef) or ref.dtype in _FLOATS or ref.dtype == "bfloat16":
+            if isinstance(ref, ScalarRef) or is_float(ref.dtype):
                 return True
         elif call.name.startswith("aten._local_scalar_dense"):
             if isinstance(call.outs, ScalarRef):
@@ -212,16 +225,16 @@ class _Marker:
         a, b = (np.ascontiguousarray(x[f"init.{ref.storage}"]) if f"init.{ref.storage}" in x else None for x in (self.both.blobs, self.both.other_blobs))
         if a is None or b is None or (len(a) == len(b) and (a == b).all()) or call.name == "tv.symbol":
             return
-        if ref.dtype in _FLOATS or ref.dtype == "bfloat16":
-            n = len(a) // 8 * 8
+        if _has_tags(ref.dtype):
+            n = len(a) // _width(ref.dtype) * _width(ref.dtype)
             mine, theirs = (decoded(x[:n], ref.dtype) for x in (a, b))
             explained = len(a) == len(b) and ((mine == theirs) | ((self.both.table.decode(mine) >= 0) & (self.both.table.decode(mine) == self.both.other_table.decode(theirs)))).all()
             if explained and (a[n:] == b[n:]).all():
                 return
         self._note("CAP006", call, f"data that {_short(call)} reads changes with the weights, by a way that is not tracked")
         self.found += 1
-        if ref.dtype in _FLOATS or ref.dtype == "bfloat16":
-            item = 2 if ref.dtype in ("bfloat16", "float16") else np.dtype(_FLOATS[ref.dtype]).itemsize
+        if _has_tags(ref.dtype):
+            item = _width(ref.dtype)
             whole = TensorRef(ref.storage, 0, (len(a) // item,), (1,), ref.dtype)
             # Contents that the capture knows and the algebras do not: an uninitialised tensor with recorded bytes.
             self.out.append(OpCall(-1, "aten.empty.memory_format", (), {}, whole, (), call.span, rng=True))

@@ -9,6 +9,7 @@ import torch
 
 from trainverify.algebra.base import Algebra
 from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, Sequence, TensorRef
+from trainverify.ops.access import reads
 from trainverify.ops.table import OpTable
 from trainverify.replay.collectives import Tensors, deliver, message
 from trainverify.replay.errors import ReplayError
@@ -251,6 +252,7 @@ class World:
         """Nothing happens in memory; who follows data wants to know."""
         for hook in machine.hooks.before:
             hook(machine, call)
+        machine.look_at_bytes(call, reads(call))
         return True
 
 

@@ -35,7 +35,7 @@ def test_no_second_run_where_nothing_leaves():
     assert not again(done) and codes(done.parallel.traces[0]) == []
 
 
-@pytest.mark.parametrize("how", ["tracked", "harmless", "routed"])
+@pytest.mark.parametrize("how", ["tracked", "harmless", "routed", "copied"])
 def test_nothing_is_lost(how):
     done = captured(how)
     trace = done.parallel.traces[0]
@@ -50,10 +50,11 @@ def test_a_number_that_equals_a_tracked_one():
     assert codes(trace) == ["CAP007"] and "tv.scalar.unknown" not in names(trace)
 
 
-def test_a_number_from_nowhere():
-    trace = captured("stripped").parallel.traces[0]
+@pytest.mark.parametrize("how", ["stripped", "eight_bits"])
+def test_a_number_from_nowhere(how):
+    trace = captured(how).parallel.traces[0]
     (note,) = [n for n in trace.notes if n.code == "CAP006"]
-    assert trace.spans[note.span].function == "stripped" and "aten.mul" in note.text
+    assert trace.spans[note.span].function == how and "aten.mul" in note.text
     at = names(trace).index("tv.scalar.unknown")
     assert trace.ops[at].outs == trace.ops[at + 1].args[1] and [c.index for c in trace.ops] == list(range(len(trace.ops)))
 

@@ -36,6 +36,17 @@ def data(m):
     m.weight.data.add_(torch.tensor(numpy.sort(m.weight.detach().numpy(), axis=None)[:3] * 2.0))
 
 
+def copied(m):
+    """Three weights copied by numpy are weights again, in a number of bytes that is no multiple of 8."""
+    print(m.weight.detach().norm().item())
+    m.weight.data.add_(torch.from_numpy(m.weight.detach().numpy()[0].copy()))
+
+
+def eight_bits(m):
+    """A number read from an eight bit float."""
+    m.weight.data.mul_(float(numpy.tanh(m.weight.detach().to(torch.float8_e5m2).tolist()[0][0])))
+
+
 def branch(m):
     """A branch on an untracked value."""
     if math.floor(1e6 * float(numpy.abs(m.weight.detach().numpy()).sum())) % 2:
