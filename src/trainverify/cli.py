@@ -87,8 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
     verify.add_argument("--jobs", metavar="N", type=_positive, default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
+    verify.add_argument("--no-repair", action="store_true", help="where outputs differ, do not try what would mend them")
     verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
     verify.add_argument("--certificate", metavar="FILE", type=Path, help="write the proved obligations, for `trainverify recheck`")
+    verify.add_argument("--counterexample", metavar="FILE.py", type=Path, help="if refuted: minimise the inputs, and write a script of plain PyTorch that shows the difference")
     verify.add_argument("--dump-unknown", metavar="DIR", type=Path, help="write the obligations that were not proved, to read and as SMT-LIB")
     verify.add_argument("--format", choices=FORMATS, default="text", help="what stdout gets, or FILE with -o (default: text)")
     verify.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report here in --format; stdout then gets the text")
@@ -192,7 +194,9 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     """What the engine is told: the command line, else the project's table, else the defaults."""
     options = importlib.import_module("trainverify.engine.options").Options
     given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
-    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), **{k: v for k, v in given.items() if v is not None}, **more)
+    given = {k: v for k, v in given.items() if v is not None}
+    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), repair=not getattr(args, "no_repair", False),
+                   **given, **more)
 
 
 def _case_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -201,12 +205,12 @@ def _case_given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     if args.path is None or args.all_cases:
-        alone = [name for name in ("second_opinion", "certificate", "dump_unknown") if getattr(args, name)]
+        alone = [name for name in ("second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
         if alone:
             return _usage(f"verify: error: --{alone[0].replace('_', '-')} is for one case of one spec")
         return _verify_all(args, argv)
     options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, second_opinion=args.second_opinion,
-                       certificate=args.certificate, dump_unknown=args.dump_unknown)
+                       certificate=args.certificate, dump_unknown=args.dump_unknown, counterexample=args.counterexample)
     entry = "verify_dir" if args.path.is_dir() else "verify_spec"
     report = _run(args, options, entry, args.path, options)
     if args.dry_run:

@@ -39,11 +39,11 @@ def assert_equivalent(reference, parallel=None, **options) -> Report:
     return report
 
 
-def _in_a_process(spec: Path, *, ranks=None, case=None, steps=2, seed=0, timeout=300.0, accept=(), dry_run=False) -> Report:
+def _in_a_process(spec: Path, *, ranks=None, case=None, steps=2, seed=0, timeout=300.0, accept=(), dry_run=False, repair=True) -> Report:
     from trainverify.cases import Run, run_all
     from trainverify.engine.options import Options
 
-    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run)
+    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run, repair=repair)
     (report,) = run_all([Run(spec, options)], True, _keep)
     return report
 

@@ -44,9 +44,9 @@ def verify_spec(path: str | os.PathLike, options: Options = Options(), progress:
 
 
 def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | None = None, steps: int = 2, seed: int = 0,
-           timeout: float = 300.0, accept: Sequence[str] = (), ops: Sequence = (), dry_run: bool = False) -> Report:
+           timeout: float = 300.0, accept: Sequence[str] = (), ops: Sequence = (), dry_run: bool = False, repair: bool = True) -> Report:
     """Verify a spec file, or two functions as a spec file would define them (ops: as its OPS)."""
-    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run)
+    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run, repair=repair)
     if parallel is None:
         if callable(reference):
             raise TypeError("verify(reference, parallel): give both functions, or the path of a spec")
@@ -144,6 +144,7 @@ def rerun_line(report: Report, options: Options) -> str:
     words += ["--ranks", str(options.ranks)] if options.ranks is not None else []
     words += ["--steps", str(options.steps)] if options.steps != Options().steps else []
     words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
+    words += [] if options.repair else ["--no-repair"]
     return shlex.join([*words, "--seed", str(report.seed)])
 
 
@@ -179,10 +180,49 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         told = explain(analysis.second, watch, analysis.judgements, analysis.diagnostics)
         findings, explained, analysis.diagnostics = told.findings, told.explained, told.diagnostics
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
+        if options.repair:
+            findings = _repaired(reference, parallel, analysis, told, extra_rows, options, progress)
     _second_opinion(analysis, options, progress)
     fill(report, analysis, reference, parallel, groups, findings, explained)
     _keep_obligations(report, analysis, options)
     report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)
+
+
+def _repaired(reference, parallel, analysis, told, extra_rows, options: Options, progress: Callable) -> list:
+    """The findings with the repairs that were tried and mend them."""
+    from trainverify.diagnose.repair import Job, repaired
+
+    clock = time.perf_counter()
+    job = Job(reference, parallel, analysis, told, options.seed, options.accept, extra_rows, options.jobs, progress)
+    findings = repaired(job)
+    if job.trials:
+        analysis.phases.append(Phase("repair", time.perf_counter() - clock, f"{job.trials} trials"))
+    return findings
+
+
+def _counterexample(analysis, told, reference, parallel, spec: str, options: Options, progress: Callable):
+    """Look for small inputs that show the first difference, and write a script of them, where the user asked for it."""
+    if options.counterexample is None:
+        return None
+    from trainverify.diagnose.counterexample import counterexample
+    from trainverify.diagnose.script import script
+
+    clock = time.perf_counter()
+    found = counterexample(analysis, told, reference, parallel, progress)
+    analysis.phases.append(Phase("counterexample", time.perf_counter() - clock, "" if isinstance(found, str) else f"{found.told.trials} replays"))
+    if isinstance(found, str):
+        analysis.diagnostics.append(_no_counterexample(found))
+        return None
+    try:
+        options.counterexample.write_text(script(found, spec))
+    except OSError as e:
+        analysis.diagnostics.append(_no_counterexample(f"cannot write {options.counterexample}: {e.strerror}"))
+        return found.told
+    return msgspec.structs.replace(found.told, script=str(options.counterexample))
+
+
+def _no_counterexample(why: str) -> Diagnostic:
+    return Diagnostic("CEX001", f"no script of a counterexample was written: {why}", "warning")
 
 
 def _second_opinion(analysis, options: Options, progress: Callable) -> None:

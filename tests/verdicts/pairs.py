@@ -81,7 +81,7 @@ def compare(right: Callable, other: Callable, *, model: Callable = Weight, batch
         m.load_state_dict(ref.weights)
         return tv.Training(m, other(m, ref.batch))
 
-    return tv.verify(reference, parallel, ranks=ranks, steps=steps, accept=accept, timeout=60.0)
+    return tv.verify(reference, parallel, ranks=ranks, steps=steps, accept=accept, timeout=60.0, repair=False)
 
 
 def compare_forward(right: Callable, other: Callable, **options) -> Report:

@@ -25,14 +25,27 @@ ORDER = {"gradient": 0, "scalar": 1, "parameter": 2, "buffer": 3, "state": 4}
 MOST_FINDINGS, MOST_SEARCHED, MOST_RELATED = 3, 48, 12
 
 
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What a finding rests on, for whoever wants to mend it: the relation, the calls where the difference arises, the calls after which
+    something is missing, and the outputs that the relation was found on (all of the first wrong step)."""
+
+    relation: Relation
+    nodes: tuple[Node, ...] = ()
+    late: tuple[Node, ...] = ()
+    keys: tuple = ()
+
+
 @dataclass(slots=True)
 class Explanation:
-    """Findings, best first; the index of the finding that explains each wrong output's key; and the run's diagnostics, of which those
-    that merely follow from the findings are now notes."""
+    """Findings, best first, with their causes; the index of the finding that explains each wrong output's key; and the run's diagnostics,
+    of which those that merely follow from the findings are now notes. `diagnosis`: the work, for what comes after it."""
 
     findings: list[Finding]
     explained: dict
     diagnostics: list[Diagnostic]
+    causes: tuple[Cause, ...] = ()
+    diagnosis: Diagnosis | None = None
 
 
 def explain(watched, watch: Watch, judgements: list[Judgement], diagnostics: list[Diagnostic]) -> Explanation:
@@ -69,7 +82,7 @@ class Diagnosis:
         self.first = self._primary()
         self.norms: Norms | None = None
         self.findings: list[Finding] = []
-        self.related: list[Relation] = []     # of each finding
+        self.causes: list[Cause] = []         # of each finding
         self.explained: dict = {}
         self.sources: list[set[Node]] = []    # of each finding: where its differences arise
 
@@ -88,11 +101,11 @@ class Diagnosis:
             self.explained.setdefault(j.key, 0)
         counts = [list(self.explained.values()).count(i) for i in range(len(self.findings))]
         findings = [msgspec.structs.replace(f, explains=n) for f, n in zip(self.findings, counts)]
-        return Explanation(findings, self.explained, decisions.told(self.diagnostics, consequences))
+        return Explanation(findings, self.explained, decisions.told(self.diagnostics, consequences), tuple(self.causes), self)
 
-    def _add(self, finding: Finding, relation: Relation, keys: list) -> None:
+    def _add(self, finding: Finding, relation: Relation, keys: list, nodes=(), late=()) -> None:
         self.findings.append(finding)
-        self.related.append(relation)
+        self.causes.append(Cause(relation, tuple(sorted(nodes, key=lambda n: n[::-1])), tuple(late), tuple(keys)))
         self.explained.update(dict.fromkeys(keys, len(self.findings) - 1))
 
     def _is_at(self, node: Node, d: Diagnostic) -> bool:
@@ -119,11 +132,11 @@ class Diagnosis:
                 if ref is None or not (p.wrong("field") or p.undefined()):
                     continue
                 if id(p.recorded) in raw and raw[id(p.recorded)].wrong("field"):
-                    ref, before = self._before_clipping(p)
+                    ref, before = self.before_clipping(p)
                 out.append((j.key, p.rank, ref, before))
         return out
 
-    def _before_clipping(self, p: Piece) -> tuple[TensorRef, int]:
+    def before_clipping(self, p: Piece) -> tuple[TensorRef, int]:
         """The region of a piece, and the call before which it holds what has not been clipped yet."""
         stage = self.watch.unclipped("parallel", (p.rank, p.recorded.call.index))
         return (p.recorded.ref, p.recorded.call.index) if stage is None else (stage.term.ref, stage.before)
@@ -140,18 +153,18 @@ class Diagnosis:
             fresh = [k for k in self.by_key if k in origin.outputs and k not in self.explained]   # not the set's order: it differs between runs
             if not fresh or len(self.findings) == MOST_FINDINGS:
                 continue
-            known = next((i for i, r in enumerate(self.related) if self._explains(i, r, origin, fresh)), None)
+            known = next((i for i, c in enumerate(self.causes) if self._explains(i, c.relation, origin, fresh)), None)
             if known is not None:
                 self.explained.update(dict.fromkeys(fresh, known))
                 continue
             relation = self._relation(fresh) if self.sure else unsure([self.by_key[k] for k in fresh])
-            twin = next((i for i, r in enumerate(self.related) if relation.same and r.same == relation.same), None)
+            twin = next((i for i, c in enumerate(self.causes) if relation.same and c.relation.same == relation.same), None)
             if twin is not None:
                 self.explained.update(dict.fromkeys(fresh, twin))
                 continue
             self.sources.append(set(origin.nodes))
             late = self._late(origin, relation, fresh)
-            self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late), relation, fresh)
+            self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late), relation, fresh, origin.nodes, late)
         if not self.findings:
             keys = [j.key for j in self.first]
             relation = self._relation(keys) if self.sure else unsure(self.first)
@@ -164,7 +177,7 @@ class Diagnosis:
             return []
         right = [p for k, c in self.watched.comparison.compared.items() if k[0] == "gradient" and k[2] == self.step
                  and (k not in self.by_key or k in self.raw and not any(p.wrong("field") for p in self.raw[k].pieces)) for p in c.pieces[:1]]
-        ends = [n for p in right[:4] if p.recorded.ref is not None for n in self.flow.writer(p.rank, *self._before_clipping(p))[:1]]
+        ends = [n for p in right[:4] if p.recorded.ref is not None for n in self.flow.writer(p.rank, *self.before_clipping(p))[:1]]
         if not decisions.above(self.flow, ends, set(origin.nodes)):
             return []
         return [n for key, rank, ref, before in self._starts() if key in keys and rank == origin.node[0] and not hasattr(ref, "id")

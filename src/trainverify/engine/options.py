@@ -9,7 +9,7 @@ from pathlib import Path
 class Options:
     """ranks: world size (None: the spec's RANKS); timeout: seconds of wall clock for each capture; accept: FILE:LINE of decisions
     that the user takes as matched; jobs: processes that analyse (2: the proof beside the rest; the report is the same); keep: keep the traces under workdir; second_opinion: "z3" or "cvc5" is asked about what was proved; certificate: a file for the proved
-    obligations; dump_unknown: a folder for those that were not."""
+    obligations; dump_unknown: a folder for those that were not; repair: try repairs of what is refuted."""
 
     ranks: int | None = None
     case: dict = field(default_factory=dict)
@@ -24,4 +24,6 @@ class Options:
     second_opinion: str = ""
     certificate: Path | None = None
     dump_unknown: Path | None = None
+    counterexample: Path | None = None
     jobs: int = 2
+    repair: bool = True

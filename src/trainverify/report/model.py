@@ -44,6 +44,19 @@ class Operand(msgspec.Struct, frozen=True):
     lineage: str
 
 
+class Repair(msgspec.Struct, frozen=True):
+    """A change of the recorded calls under which the outputs that a finding explains become equal: what to change and where. It is
+    verified if all of them are PROVED with it (the others equal the reference in the field)."""
+
+    text: str
+    verified: bool
+    proved: int                               # outputs that are PROVED with it
+    outputs: int                              # of the outputs that the finding explains
+
+    def __str__(self) -> str:
+        return f"{self.text}: " + ("verified" if self.verified else "makes them equal in the field, not proved")
+
+
 class Finding(msgspec.Struct, frozen=True):
     """One cause: the first operation whose inputs agree with the reference and whose result does not (or a fault of the program)."""
 
@@ -56,6 +69,32 @@ class Finding(msgspec.Struct, frozen=True):
     explains: int = 0                         # number of outputs
     witnesses: tuple[Witness, ...] = ()
     diagnosis: str = ""                       # its class: multiple, partial sum, permutation, other tensor, reweighted, additive term, stale, ...
+    repair: Repair | None = None              # that was tried and found to mend it
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One value on both sides, replayed in float64 on a counterexample's inputs: some of its elements, written as numbers."""
+
+    what: str                                 # "aten.mm.default", "norm.weight.grad, step 1"
+    place: str                                # of the parallel operation
+    reference_place: str                      # "" where the reference has no such value
+    elements: tuple[str, ...]                 # "[0, 3]"
+    expected: tuple[tuple[int, tuple[str, ...]], ...]    # of the reference, in place of each rank's; () if it has nothing
+    found: tuple[tuple[int, tuple[str, ...]], ...]       # (rank, values)
+    same: bool
+
+
+class Counterexample(msgspec.Struct, frozen=True):
+    """Inputs on which the sides differ, minimised where that is possible, and both sides' values up to the first difference."""
+
+    inputs: tuple[tuple[str, str], ...]       # the first of those that are not zero: ("norm.weight[3]", "2")
+    nonzero: int
+    elements: int                             # of all float inputs
+    trials: int                               # replays that it took
+    minimised: bool
+    note: str                                 # why the recorded inputs were kept, if they were
+    steps: tuple[Step, ...]
+    script: str = ""                          # file that reproduces it
 
 
 class Assumption(msgspec.Struct, frozen=True):
@@ -111,6 +150,7 @@ class Report(msgspec.Struct):
     rerun: str = ""
     versions: dict[str, str] = {}
     schema_version: int = SCHEMA_VERSION
+    counterexample: Counterexample | None = None     # where one was asked for
     mode: str = "verify"                      # verify, dry-run (nothing was compared), capture
 
     @property

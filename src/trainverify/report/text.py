@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from trainverify.diagnostics import Diagnostic, Span
+from trainverify.report.counterexample import counterexample_lines
 from trainverify.report.model import Finding, OutputResult, Report
 from trainverify.report.source import excerpt
 from trainverify.report.words import JOIN, count_of, fold_names, int_ranges, join_wrapped, memory_text, number, ranks_text, short_path, short_paths, wrap
@@ -30,6 +31,7 @@ def render(report: Report, *, width: int = WIDTH, saved: str = "", traces: str =
         _header(report, width),
         _headline(report, width),
         *[finding_lines(report, i, width) for i in range(len(report.findings))],
+        counterexample_lines(report.counterexample, width),
         *[diagnostic_lines(d, width) for d in by_severity(report.diagnostics, ("error", "internal"))],
         _bindings(report, width),
         _table(report, width),
@@ -170,6 +172,8 @@ def finding_lines(report: Report, index: int, width: int = WIDTH) -> list[str]:
         extra.append(("called from:", " < ".join(f"{short_path(file)}:{line} {name}" for file, line, name in span.stack)))
     if f.algebra:
         extra.append(("algebra:", f.algebra))
+    if f.repair is not None:
+        extra.append(("repair:", str(f.repair)))
     if f.explains:
         extra.append(("explains:", count_of(f.explains, "output") + _explained_kinds(report, index)))
     return diagnostic_lines(f.diagnostic, width, f.op, extra) + _counterexample(f, width)

@@ -1,0 +1,335 @@
+"""Repairs to try: from what a diagnosis found to edits of the recorded calls, the most likely first (not trusted: each is tried).
+
+Only what one small change mends: a reduction that is missing, superfluous or over the wrong group, a factor, positions that do not
+begin where this rank's part does, messages that go the wrong way round.
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from trainverify.diagnose.dataflow import Node
+from trainverify.diagnose.edit import Edit, all_reduce, copied, moved, reducing, regrouped, scaled, sent_to
+from trainverify.diagnose.explain import Cause, Diagnosis
+from trainverify.diagnose.places import Family, Occurrence, Places, result
+from trainverify.diagnose.relation import Relation
+from trainverify.diagnose.watch import GOOD
+from trainverify.ir.trace import OpCall, TensorRef
+from trainverify.replay.memory import is_float
+
+REDUCES = ("all_reduce", "reduce_scatter", "reduce")
+SAME_SIZE = ("reduce_scatter", "all_gather", "all_to_all")    # over a group of another size these deliver another shape
+MOST = 6                                      # candidates for one cause
+MOST_NAMES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What would be changed, in words and as an edit."""
+
+    text: str
+    edit: Edit
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where an output stands on one rank before it is clipped, and the call after which it stands there."""
+
+    ref: TensorRef
+    node: Node
+
+
+class Maker:
+    """Makes the candidates for the causes of one run."""
+
+    def __init__(self, diagnosis: Diagnosis):
+        self.d, self.flow, self.watch = diagnosis, diagnosis.flow, diagnosis.watch
+        self.places = Places(self.flow, self.watch.names)
+        self._meetings = 0
+
+    def candidates(self, cause: Cause) -> list[Candidate]:
+        """At most MOST, no two with the same edit."""
+        out: dict[tuple, Candidate] = {}
+        for c in self._all(cause):
+            if not c.edit.empty:
+                out.setdefault(_signature(c.edit), c)
+            if len(out) == MOST:
+                break
+        return list(out.values())
+
+    def _all(self, cause: Cause) -> Iterator[Candidate]:
+        relation, status = cause.relation, self.watch.status.get(cause.nodes[0], "") if cause.nodes else ""
+        factor = relation.factor if relation.kind == "multiple" else Fraction(status[2:]) if relation.kind == "other" and status.startswith("x ") else None
+        if factor:
+            yield from self._multiple(cause, factor)
+        elif relation.kind == "partial sum":
+            yield from self._partial(cause)
+        else:
+            yield from self._origin_partial(cause)
+        yield from self._regrouped(cause)
+        if relation.kind in ("reweighted", "other", "additive term", "multiple"):
+            yield from self._reduced_numbers(cause)
+        if relation.kind in ("other", "permutation", "stale", "other tensor", "additive term"):
+            yield from self._positions(cause)
+            yield from self._messages(cause)
+
+    # ---- sums
+    def _partial(self, cause: Cause) -> Iterator[Candidate]:
+        for (group, factor), names in self._outputs(cause, lambda r: r.kind == "partial sum" and (r.ranks, r.factor)):
+            if group:
+                yield self._reduce_outputs(names, self.places.family(group), factor)
+        yield from self._origin_partial(cause)
+
+    def _origin_partial(self, cause: Cause) -> Iterator[Candidate]:
+        """The origin's own result is a share: reduce it there."""
+        for node in cause.nodes[:1]:
+            group = self.d.search.share(self.watched_field, node, list(self.watch.names.groups))
+            for exact in (False, True) if group is not None else ():
+                yield self._reduce_results(self.places.occurrences(cause.nodes, exact), self.places.family(group))
+
+    @property
+    def watched_field(self):
+        return self.d.watched.field
+
+    def _reduce_outputs(self, names: list[tuple[str, str]], family: Family, factor: Fraction) -> Candidate:
+        edit, first = Edit(), None
+        sizes = {len(g) for g in family.values()}
+        average = factor > 1 and sizes == {factor}
+        for held in self._held(names):
+            for group in sorted({family[r] for r in held if r in family}):
+                if not set(group) <= held.keys():
+                    continue
+                self._meetings += 1
+                for h in (held[r] for r in group):
+                    span = self.flow.call(h.node).span
+                    edit.after[h.node].append(all_reduce(h.ref, group, "avg" if average else "sum", self._meetings, span))
+                    edit.after[h.node] += [] if average else scaled(h.ref, 1 / factor, span)
+                    first = first or h
+        more = "" if average or factor == 1 else f" and scale it by {1 / factor}"
+        return Candidate(f"insert all_reduce({'AVG' if average else 'SUM'}) over {self.places.over(family)}{self._before(first)}, {self._of(names)}{more}", edit)
+
+    def _reduce_results(self, occurrences: list[Occurrence], family: Family) -> Candidate:
+        edit = Edit()
+        for occurrence in occurrences:
+            for group in sorted({family[r] for r in occurrence if r in family}):
+                refs = {r: result(self.flow.call(occurrence[r])) for r in group if r in occurrence}
+                if len(refs) < len(group) or any(ref is None for ref in refs.values()):
+                    continue
+                self._meetings += 1
+                for r, ref in refs.items():
+                    edit.after[self.places.settled(occurrence[r])].append(all_reduce(ref, group, "sum", self._meetings, self.flow.call(occurrence[r]).span))
+        return Candidate(f"insert all_reduce(SUM) over {self.places.over(family)} after {self._line(occurrences)}", edit)
+
+    def _reduced_numbers(self, cause: Cause) -> Iterator[Candidate]:
+        """A count that each rank makes of its own share, and that meets right values: its sum over some group."""
+        for node in self._lines_above(cause, self._is_count):
+            for family in self.places.families():
+                yield self._reduce_results(self.places.occurrences([node], False), family)
+
+    def _is_count(self, call: OpCall) -> bool:
+        base = call.name.split(".")[1]
+        return call.name.startswith("aten.") and base in ("sum", "count_nonzero") and (ref := result(call)) is not None and not is_float(ref.dtype) and ref.dtype != "bool"
+
+    # ---- multiples
+    def _multiple(self, cause: Cause, factor: Fraction) -> Iterator[Candidate]:
+        found = self._outputs(cause, lambda r: r.kind == "multiple" and bool(r.factor) and (r.factor,))
+        if cause.late:
+            yield from (self._scale_outputs(names, 1 / f) for (f,), names in found)
+        nodes = [n for n in cause.nodes if self._reduces(n)]
+        again = all(self.watch.status.get(p, GOOD) == GOOD for n in nodes for p in self.flow.producers(n))
+        for exact in (False, True) if nodes else ():
+            if again:
+                yield self._removed(nodes, exact, factor)
+            yield from self._other_op(nodes, exact, factor)
+        for exact in (False, True):
+            yield self._scale_results(self.places.occurrences(cause.nodes, exact), 1 / factor)
+        if not cause.late:
+            yield from (self._scale_outputs(names, 1 / f) for (f,), names in found)
+
+    def _reduces(self, node: Node) -> bool:
+        c = self.flow.call(node).collective
+        return c is not None and c.kind in REDUCES and c.reduce_op in ("sum", "avg")
+
+    def _other_op(self, nodes: list[Node], exact: bool, factor: Fraction) -> Iterator[Candidate]:
+        for was, now in (("sum", "avg"), ("avg", "sum")):
+            edit = Edit()
+            for node in (n for o in self.places.occurrences(nodes, exact) for n in o.values()):
+                c = self.flow.call(node).collective
+                if c is not None and c.reduce_op == was and factor == (len(c.group) if was == "sum" else Fraction(1, len(c.group))):
+                    edit.calls[node] = reducing(self.flow.call(node), now)
+            yield Candidate(f"{_NAMES[now]} instead of {_NAMES[was]} in the {self._kind(nodes)} at {self._line([{0: n} for n in nodes])}", edit)
+
+    def _removed(self, nodes: list[Node], exact: bool, factor: Fraction) -> Candidate:
+        """Without reductions of what was whole before."""
+        edit = Edit()
+        for node in (n for o in self.places.occurrences(nodes, exact) for n in o.values()):
+            c = self.flow.call(node).collective
+            if c is not None and c.kind == "all_reduce" and c.reduce_op == "sum" and len(c.inputs) == 1 and factor == len(c.group):
+                edit.calls[node] = copied(self.flow.call(node))
+        return Candidate(f"remove the {self._kind(nodes)} at {self._line([{0: n} for n in nodes])}", edit)
+
+    def _scale_results(self, occurrences: list[Occurrence], factor: Fraction) -> Candidate:
+        edit = Edit()
+        for node in (n for o in occurrences for n in o.values()):
+            ref = result(self.flow.call(node))
+            if ref is not None and is_float(ref.dtype):
+                edit.after[self.places.settled(node)] += scaled(ref, factor, self.flow.call(node).span)
+        return Candidate(f"scale by {factor} at {self._line(occurrences)}", edit)
+
+    def _scale_outputs(self, names: list[tuple[str, str]], factor: Fraction) -> Candidate:
+        edit, first = Edit(), None
+        for h in (h for held in self._held(names) for h in held.values()):
+            edit.after[h.node] += scaled(h.ref, factor, self.flow.call(h.node).span)
+            first = first or h
+        return Candidate(f"scale by {factor}{self._before(first)}: {self._of(names).removeprefix('of ')}", edit)
+
+    # ---- groups
+    def _regrouped(self, cause: Cause) -> Iterator[Candidate]:
+        """The nearest reductions and gathers above the origin (and of wrong gradients, their last), over another division of the ranks."""
+        starts = [n for n in (cause.relation.at, *cause.nodes) if n is not None]
+        starts += [h.node for held in self._held([k[:2] for k in cause.keys[:2]], self.d.step) for h in held.values()] if not starts else []
+        seen: set = set()
+        for node in self.places.above(starts):
+            c = self.flow.call(node).collective
+            line = self.places.line(node)
+            if c is None or line is None or line in seen or c.kind not in ("all_reduce", *SAME_SIZE) or line[3] == "setup":
+                continue
+            seen.add(line)
+            for family in self.places.families():
+                for exact in (False, True):
+                    yield self._over(self.places.occurrences([node], exact), family, node)
+
+    def _over(self, occurrences: list[Occurrence], family: Family, node: Node) -> Candidate:
+        edit = Edit()
+        for occurrence in occurrences:
+            self._meetings += 1
+            if not set(family) <= occurrence.keys():
+                return Candidate("", Edit())
+            for r, n in occurrence.items():
+                call = self.flow.call(n)
+                c, group = call.collective, family.get(r)
+                if group is None or c.kind in SAME_SIZE and len(c.group) != len(group):
+                    return Candidate("", Edit())
+                edit.calls[n] = regrouped(call, group, self._meetings)
+        if all(self.flow.call(n).collective.group == family[n[0]] for n in edit.calls):
+            return Candidate("", Edit())
+        was = self.places.over(self.places.family(self.flow.call(node).collective.group))
+        return Candidate(f"{self._kind([node])} over {self.places.over(family)} instead of {was} at {self._line(occurrences)}", edit)
+
+    # ---- positions and messages
+    def _positions(self, cause: Cause) -> Iterator[Candidate]:
+        """Positions that begin at 0 on every rank, where each has its own part of a sequence."""
+        for node in self._lines_above(cause, lambda call: call.name.startswith("aten.arange.") and result(call) is not None):
+            for family in self.places.families():
+                edit = Edit()
+                occurrences = self.places.occurrences([node], False)
+                for n in (n for o in occurrences for n in o.values() if n[0] in family):
+                    ref = result(self.flow.call(n))
+                    by = family[n[0]].index(n[0]) * ref.numel
+                    if by:
+                        edit.after[n].append(moved(ref, by, self.flow.call(n).span))
+                length = result(self.flow.call(node)).numel
+                yield Candidate(f"add {length} x this rank's place in {self.places.over(family)} to the positions made at {self._line(occurrences)}", edit)
+
+    def _messages(self, cause: Cause) -> Iterator[Candidate]:
+        """Sends and receives of a line the other way round: each rank sends to where it received from."""
+        for node in self._lines_above(cause, lambda call: call.collective is not None and call.collective.peer is not None):
+            line = self.places.line(node)
+            ways: dict[int, list[tuple[Node, str, int]]] = defaultdict(list)
+            for rank, ops in self.flow.calls.items():
+                for call in ops:
+                    c, here = call.collective, self.places.line((rank, call.index))
+                    if c is not None and c.peer is not None and here is not None and here[1:3] == line[1:3]:
+                        ways[rank].append(((rank, call.index), c.kind, c.peer))
+            edit = Edit()
+            for its in ways.values():
+                to, back = ({peer for _, kind, peer in its if kind == k} for k in ("send", "recv"))
+                if len(to) != 1 or len(back) != 1:
+                    break
+                for n, kind, _ in its:
+                    edit.calls[n] = sent_to(self.flow.call(n), *(back if kind == "send" else to))
+            else:
+                yield Candidate(f"send to the rank that is received from, and receive from the one that is sent to, at {line[1]}:{line[2]}", edit)
+
+    # ---- what edits are made of
+    def _outputs(self, cause: Cause, kind: Callable[[Relation], tuple | bool]) -> list[tuple[tuple, list[tuple[str, str]]]]:
+        """The gradients and scalars of the cause, by what `kind` says of their relation; those that it says nothing of are left out."""
+        out: dict[tuple, list[tuple[str, str]]] = defaultdict(list)
+        for key in cause.keys:
+            c = self.d.raw.get(key) or self.d.by_key[key].compared
+            if key[0] in ("gradient", "scalar") and any(p.wrong("field") for p in c.pieces):
+                got = kind(self.d.relations.simple(c))
+                if got:
+                    out[got].append(key[:2])
+        return sorted(out.items(), key=lambda item: -len(item[1]))
+
+    def _held(self, names: Iterable[tuple[str, str]], step: int = 0) -> Iterator[dict[int, Held]]:
+        """Where these outputs stand, by rank, in every step (or one)."""
+        wanted, seen = set(names), set()
+        for (kind, name, at), c in self.d.watched.comparison.compared.items():
+            held: dict[int, Held] = {}
+            for p in c.pieces if (kind, name) in wanted and step in (0, at) else ():
+                rec = p.recorded
+                if not isinstance(rec.ref, TensorRef):
+                    continue
+                ref, before = self.d.before_clipping(p) if kind == "gradient" else (rec.ref, rec.call.index)
+                found = self.flow.writer(rec.rank, ref, before)[:1]
+                node = self.places.settled(found[0]) if found else None
+                if node is not None and node[1] < before and (node, ref) not in seen:
+                    seen.add((node, ref))
+                    held[rec.rank] = Held(ref, node)
+            if held:
+                yield held
+
+    def _lines_above(self, cause: Cause, wanted: Callable[[OpCall], bool]) -> Iterator[Node]:
+        """The first call of each line above the cause that is wanted, nearest first."""
+        seen: set = set()
+        for node in self.places.above(cause.nodes):
+            line = self.places.line(node)
+            if line is not None and line not in seen and wanted(self.flow.call(node)):
+                seen.add(line)
+                yield node
+
+    # ---- words
+    def _of(self, names: list[tuple[str, str]]) -> str:
+        told = [name for kind, name in names if kind == "gradient"]
+        scalars = [name for kind, name in names if kind != "gradient"]
+        gradients = " and ".join(told) if len(told) <= MOST_NAMES else f"{told[0]} and {len(told) - 1} more"
+        return "of " + ", ".join([*([f"the gradient{'s' if len(told) > 1 else ''} of {gradients}"] if told else []), *scalars])
+
+    def _before(self, held: Held | None) -> str:
+        """" before FILE:LINE", the first reader"""
+        reader = self.flow.first_reader(held.node) if held is not None else None
+        span = self.flow.span(reader) if reader is not None else None
+        span = span if span is not None and span.file else held and self.flow.span(held.node)
+        if span is None or not span.file:
+            return ""
+        return f" before {span}" if reader is not None else f" after {span}"
+
+    def _line(self, occurrences: list[Occurrence]) -> str:
+        lines = {}
+        for node in (n for o in occurrences for n in o.values()):
+            span = self.flow.span(node)
+            if span is not None:
+                lines.setdefault(f"{span}" + (" (backward)" if span.phase == "backward" else ""))
+        told = list(lines)[:2]
+        return " and ".join(told) + (f" and {len(lines) - 2} other lines" if len(lines) > 2 else "")
+
+    def _kind(self, nodes: list[Node]) -> str:
+        return self.flow.call(nodes[0]).collective.kind if nodes else ""
+
+
+_NAMES = {"sum": "SUM", "avg": "AVG"}
+
+
+def _signature(edit: Edit) -> tuple:
+    """The same for edits that change the same calls in the same way, whatever numbers their meetings have."""
+    changed = tuple(sorted((n, None if c is None else _plain(c)) for n, c in edit.calls.items()))
+    return changed, tuple(sorted((n, tuple(_plain(c) for c in calls)) for n, calls in edit.after.items() if calls))
+
+
+def _plain(call: OpCall) -> str:
+    c = call.collective
+    return f"{call.name} {call.args}" + (f" {c.group} {c.reduce_op} {c.peer}" if c is not None else "")

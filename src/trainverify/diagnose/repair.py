@@ -1,0 +1,123 @@
+"""Tries repairs: the recorded program is edited, compared again, and proved (not trusted to find one; what it calls verified has the proof).
+
+A candidate is first replayed in the field alone, up to the end of the first wrong step. Only one under which everything that its
+finding explains there is equal is replayed to the end, and then verified by the same analysis as the program itself. How much is
+tried is counted, not timed: the same run gives the same repairs.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from trainverify.diagnose.candidates import Candidate, Maker
+from trainverify.diagnose.edit import Edit, applied
+from trainverify.diagnose.explain import Explanation
+from trainverify.diagnostics import Fault
+from trainverify.engine.analysis import Analysis, analyse
+from trainverify.engine.prove import Lineages
+from trainverify.ir.trace import Program
+from trainverify.relate.compare import Comparison, Key
+from trainverify.relate.symbols import Binder
+from trainverify.replay.errors import ReplayError
+from trainverify.replay.machine import Hooks
+from trainverify.replay.run import replay
+from trainverify.report.model import Finding, Repair
+
+CANNOT_RUN = (ReplayError, RuntimeError, ValueError, Fault)   # what an edit that does not fit the program makes of a replay
+MOST_TRIALS = 12                              # field replays in one run, over all findings
+
+
+@dataclass(slots=True)
+class Job:
+    """What is repaired: both programs, what their analysis found, and how it was asked for."""
+
+    reference: Program
+    parallel: Program
+    analysis: Analysis
+    told: Explanation
+    seed: int = 0
+    accept: tuple[str, ...] = ()
+    extra_rows: tuple = ()
+    jobs: int = 1
+    progress: Callable = lambda *a, **k: None
+    trials: int = field(default=0)
+
+
+def repaired(job: Job) -> list[Finding]:
+    """The findings, those with a repair of which everything that they explain becomes PROVED (or at least equal) with it."""
+    wrong = {j.key for j in job.analysis.judgements if j.verdict == "REFUTED"}
+    if not wrong or job.told.diagnosis is None or job.analysis.second is None:
+        return job.told.findings
+    concerned = {i: {k for k, at in job.told.explained.items() if at == i and k in wrong} for i in range(len(job.told.findings))}
+    edit, chosen = _chosen(job, concerned, wrong)
+    if not chosen:
+        return job.told.findings
+    verdicts = _verdicts(job, edit)
+    out = list(job.told.findings)
+    for i, candidate in chosen.items():
+        keys = concerned[i]
+        proved = sum(verdicts.get(k) == "PROVED" for k in keys)
+        if all(verdicts.get(k) in ("PROVED", "equal") for k in keys) and not any(v == "REFUTED" for k, v in verdicts.items() if k not in wrong):
+            out[i] = msgspec.structs.replace(out[i], repair=Repair(candidate.text, proved == len(keys), proved, len(keys)))
+    return out
+
+
+def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[Edit, dict[int, Candidate]]:
+    """For each finding the first candidate that makes its outputs equal, on top of those of the findings before it."""
+    maker = Maker(job.told.diagnosis)
+    step = min(k[2] for k in wrong)
+    edit, chosen, right = Edit(), {}, set()
+    for i, cause in enumerate(job.told.causes):
+        early = {k for k in concerned[i] if k[2] == step}
+        if not early or early <= right:
+            continue                          # an earlier repair mends it too
+        for candidate in maker.candidates(cause):
+            both = edit.joined(candidate.edit)
+            if both is None or job.trials == MOST_TRIALS:
+                continue
+            still = _still_wrong(job, applied(job.parallel, both), wrong, step)
+            if still & early:
+                continue
+            if not _still_wrong(job, applied(job.parallel, both), wrong, 0) & concerned[i]:
+                edit, right = both, wrong - still
+                chosen[i] = candidate
+                break
+    return edit, chosen
+
+
+def _still_wrong(job: Job, program: Program, wrong: set[Key], step: int) -> set[Key]:
+    """Which of these outputs (of this step; 0: of all) differ in the field when the edited program is replayed."""
+    job.trials += 1
+    job.progress("repair", f"candidate {job.trials}")
+    watched, symbols = job.analysis.second, job.analysis.symbols
+    binder = Binder(symbols, [watched.field])
+    try:
+        world = replay(_until(program, step) if step else program, [watched.field], job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
+        found = Lineages(watched.comparison.ref_lineage, watched.comparison.lineage)
+        comparison = Comparison(symbols, [watched.field], watched.reference, world, found)
+        comparison.run()
+    except CANNOT_RUN:
+        return set(wrong)
+    held = {k: comparison.compared[k] for k in wrong if step in (0, k[2])}
+    return {k for k, c in held.items() if not c.pieces or c.missing or c.problems or any(p.wrong("field") for p in c.pieces)}
+
+
+def _until(program: Program, step: int) -> Program:
+    """The program up to the end of a step."""
+    traces = []
+    for t in program.traces:
+        end = next((c.index for c in t.ops if c.name == "tv.step" and c.args[0] > step), len(t.ops))
+        traces.append(msgspec.structs.replace(t, ops=t.ops[:end]))
+    return Program(traces, program.blobs)
+
+
+def _verdicts(job: Job, edit: Edit) -> dict[Key, str]:
+    """The verdicts on the edited program: PROVED, REFUTED, equal (all but the proof), or UNKNOWN."""
+    try:
+        again = analyse(job.reference, applied(job.parallel, edit), seed=job.seed, accept=job.accept, extra_rows=job.extra_rows, jobs=job.jobs,
+                        progress=lambda phase, *a, **k: job.progress("repair", phase))
+    except CANNOT_RUN:
+        return {}
+    return {j.key: "equal" if j.verdict == "UNKNOWN" and not j.code and j.reason.startswith("equal at") else j.verdict for j in again.judgements}
