@@ -182,6 +182,9 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
         if options.repair:
             findings = _repaired(reference, parallel, analysis, told, extra_rows, options, progress)
+        report.counterexample = _counterexample(analysis, told, reference, parallel, report.spec, options, progress)
+    elif options.counterexample is not None:
+        analysis.diagnostics.append(_no_counterexample("no output is refuted"))
     _second_opinion(analysis, options, progress)
     fill(report, analysis, reference, parallel, groups, findings, explained)
     _keep_obligations(report, analysis, options)

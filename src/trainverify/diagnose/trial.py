@@ -1,0 +1,160 @@
+"""Replays both programs in float64 on other inputs than the recorded ones, to look for a simpler counterexample (not trusted).
+
+Integers, Python's branches and the places of elements stay as they were recorded. A trial therefore counts only if every decision would have
+fallen as it did: its operands are looked at again. Masks are computed from the trial's own values.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from trainverify.algebra.base import Complex
+from trainverify.algebra.real import Real, RealValue
+from trainverify.diagnose.dataflow import Node
+from trainverify.ir.trace import OpCall, Program, TensorRef
+from trainverify.ops.table import OpTable
+from trainverify.relate.compare import Compared, Comparison, Key
+from trainverify.relate.decisions import CHOOSES, is_idle
+from trainverify.relate.symbols import Binder, Symbols
+from trainverify.replay.machine import Decision, Hooks, Machine
+from trainverify.replay.run import World, replay
+
+Place = tuple[str, int, int]                  # side, rank, call
+
+
+class Trial(Real):
+    """float64 in which masks are values too: they follow the inputs."""
+
+    name = "trial"
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What a call was given, in float64: tensors, integers and plain values in the places of its arguments."""
+
+    call: OpCall
+    args: list
+    kwargs: dict
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one trial gives: the compared output, wanted calls' arguments and results, and every decision."""
+
+    compared: Compared | None
+    results: dict[Place, dict[int, torch.Tensor]]
+    arguments: dict[Place, Arguments]
+    decisions: list[tuple[Machine, Decision]]
+    calls: int
+    elements: int
+    faults: int
+
+
+@dataclass(slots=True)
+class Tape:
+    """Hook target that keeps what wanted calls were given and what they made."""
+
+    wanted: frozenset[Place]
+    results: dict[Place, dict[int, torch.Tensor]] = field(default_factory=dict)
+    arguments: dict[Place, Arguments] = field(default_factory=dict)
+
+    def before(self, machine: Machine, call: OpCall) -> None:
+        place = (machine.trace.side, machine.rank, call.index)
+        if place in self.wanted:
+            m = machine.algebras[0]
+            if call.collective is not None:
+                args, kwargs = [machine.value(m, r) for r in call.collective.inputs], {}
+            else:
+                args, kwargs = [machine.value(m, a) for a in call.args], {k: machine.value(m, a) for k, a in call.kwargs.items()}
+            self.arguments[place] = Arguments(call, [_plain(a) for a in args], {k: _plain(v) for k, v in kwargs.items()})
+
+    def value(self, machine: Machine, m: Trial, call: OpCall, k: int, ref: TensorRef) -> None:
+        place = (machine.trace.side, machine.rank, call.index)
+        if place in self.wanted:
+            held = machine.memory[m.name].load(ref)
+            if isinstance(held, RealValue):
+                self.results.setdefault(place, {})[k] = held.t.clone()
+
+
+class Trials:
+    """Both programs up to the end of one step, to be replayed with given values of the symbols."""
+
+    def __init__(self, reference: Program, parallel: Program, table: OpTable, symbols: Symbols, like: Comparison, key: Key):
+        self.programs = {side: until(p, key[2]) for side, p in (("reference", reference), ("parallel", parallel))}
+        self.table, self.symbols, self.like, self.key = table, symbols, like, key
+
+    def run(self, values: torch.Tensor, wanted: Iterable[Place] = ()) -> Outcome:
+        m, tape, worlds = Trial(lambda numbers: values[numbers]), Tape(frozenset(wanted)), []
+        for program in self.programs.values():
+            binder = Binder(self.symbols, [m])
+            hooks = Hooks(symbol=binder.symbol, bind=binder.bind, before=(tape.before,), value=tape.value)
+            worlds.append(replay(program, [m], self.table, hooks))
+        comparison = Comparison(self.symbols, [m], *worlds, like=self.like)
+        comparison.run()
+        machines = [machine for w in worlds for machine in w.machines]
+        return Outcome(comparison.compared.get(self.key), tape.results, tape.arguments, _decisions(worlds), sum(a.ops for a in machines),
+                       sum(a.elements for a in machines), sum(len(a.diagnostics) for a in machines))
+
+
+def until(program: Program, step: int) -> Program:
+    """The program up to the end of a step."""
+    def cut(ops: list[OpCall]) -> list[OpCall]:
+        end = next((c.index for c in ops if c.name == "tv.step" and c.args[0] > step), len(ops))
+        return ops[:end]
+    return Program([msgspec.structs.replace(t, ops=cut(t.ops)) for t in program.traces], program.blobs)
+
+
+def same_decisions(old: Outcome, new: Outcome) -> bool:
+    """Whether each decision falls on the new values as it fell on the old ones."""
+    if len(old.decisions) != len(new.decisions):
+        return False
+    return all(a.call is b.call and a.kind == b.kind and _falls_alike(a, b) for (_, a), (_, b) in zip(old.decisions, new.decisions))
+
+
+def _decisions(worlds: list[World]) -> list[tuple[Machine, Decision]]:
+    return [(m, d) for w in worlds for m in w.machines for d in m.decisions if not is_idle(m, d)]
+
+
+def _falls_alike(old: Decision, new: Decision) -> bool:
+    a, b = _operands(old), _operands(new)
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
+        return False
+    name, _, op = old.kind.partition(":")
+    if all(torch.equal(x, y) for x, y in zip(a, b)):
+        return True
+    if name == "compare" and len(a) == 2:
+        return all(_order(x, y) == _order(u, v) for x, y, u, v in [(*a, *b)])
+    if name == "mask" and len(a) == 1:
+        return torch.equal(a[0] != 0, b[0] != 0)
+    if name == "cast" and len(a) == 1:
+        return torch.equal(a[0].trunc(), b[0].trunc())
+    return name in CHOOSES and len(a) == 1 and _same_order(a[0], b[0])
+
+
+def _order(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x - y).sign().reshape(-1)[0])
+
+
+def _same_order(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether the elements of every row stand in the same order of size, equal ones (which a choice may take in any order) as before."""
+    at = old.argsort(-1, stable=True)
+    return torch.equal(old.gather(-1, at).diff(dim=-1) > 0, new.gather(-1, at).diff(dim=-1) > 0) and not bool((new.gather(-1, at).diff(dim=-1) < 0).any())
+
+
+def _operands(d: Decision) -> list[torch.Tensor]:
+    parts = [p for v in d.operands.get(Trial.name, ()) for p in ((v.re, v.im) if isinstance(v, Complex) else (v,))]
+    return [p.t if isinstance(p, RealValue) else p for p in parts]
+
+
+def _plain(a):
+    """Values as tensors, through lists."""
+    if isinstance(a, RealValue):
+        return a.t.clone()
+    return [_plain(x) for x in a] if isinstance(a, list) else a
+
+
+def result_of(outcome: Outcome, side: str, node: Node, k: int = 0) -> torch.Tensor | None:
+    return outcome.results.get((side, *node), {}).get(k)
