@@ -122,7 +122,7 @@ class Diagnosis:
         losses = [j for j in early if j.key[0] == "scalar"]
         return (before or gradients) + losses or early
 
-    def _starts(self) -> list[tuple]:
+    def starts(self) -> list[tuple]:
         """(key, rank, region, before which call) of every wrong piece of the first outputs; before clipping, where it was wrong already."""
         out = []
         for j in self.first[:MOST_SEARCHED]:
@@ -149,7 +149,7 @@ class Diagnosis:
 
     # ---- causes
     def _search(self) -> None:
-        for origin in rank_origins(self.search, self._starts(), self._mark()):
+        for origin in rank_origins(self.search, self.starts(), self._mark()):
             fresh = [k for k in self.by_key if k in origin.outputs and k not in self.explained]   # not the set's order: it differs between runs
             if not fresh or len(self.findings) == MOST_FINDINGS:
                 continue
@@ -180,7 +180,7 @@ class Diagnosis:
         ends = [n for p in right[:4] if p.recorded.ref is not None for n in self.flow.writer(p.rank, *self.before_clipping(p))[:1]]
         if not decisions.above(self.flow, ends, set(origin.nodes)):
             return []
-        return [n for key, rank, ref, before in self._starts() if key in keys and rank == origin.node[0] and not hasattr(ref, "id")
+        return [n for key, rank, ref, before in self.starts() if key in keys and rank == origin.node[0] and not hasattr(ref, "id")
                 for n in self.flow.writer(rank, ref, before)[:1]]
 
     def _explains(self, index: int, relation: Relation, origin: Origin, keys: list) -> bool:
