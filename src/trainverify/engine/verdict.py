@@ -18,6 +18,7 @@ EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness
 OPAQUE = {"OPS001", "OPS002", "OPS003", "OPS004", "OPS005", "OPS006", "CAP006"}   # values without a known meaning: garbage, which is nobody's NaN and nobody's memory
 BLOCKING = {"REL007", "REL008", "CONF001", "CONF002", "CAP001"} | OPAQUE
 DISTRUSTED = {"CONF001", "CONF002"}           # the replay is not what ran: its witnesses show nothing
+TIE = "REL011"                                # the runs took different paths for rounding alone: a difference shows nothing
 
 
 @dataclass(slots=True)
@@ -52,11 +53,12 @@ def judge(first, second, diagnostics: list[Diagnostic], proof: Proof) -> list[Ju
     threshold = ROUNDED if first.field.rounding or _rounded_data(first) else EXACT
     blocked = sorted({d.code for d in diagnostics if d.code in BLOCKING})
     opaque = sorted({d.code for d in diagnostics if d.code in OPAQUE})
+    tied = any(d.code == TIE for d in diagnostics)
     bits = first.field.error_bits
     out = []
     for key, c in first.comparison.compared.items():
         again = second.comparison.compared[key] if second else None
-        j = _judge_one(c, again, threshold, blocked, opaque)
+        j = _judge_one(c, again, threshold, blocked, opaque, tied)
         out.append(j if j.verdict else _proved_or_not(c, proof, bits))
     return out
 
@@ -76,7 +78,7 @@ def _rounded_data(first) -> bool:
     return any(m.memory["real"].rounded or not all(map(first.field.is_const, m.scalars["field"].values())) for m in machines)
 
 
-def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], opaque: list[str]) -> Judgement:
+def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: list[str], opaque: list[str], tied: bool) -> Judgement:
     wrongs, doubtful, unsure = [], 0, []
     for k, piece in enumerate(c.pieces):
         twin = again.pieces[k] if again is not None else None
@@ -92,6 +94,8 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
     distrusted = sorted(DISTRUSTED & set(blocked))
     if wrongs and distrusted:
         return Judgement(c, "UNKNOWN", distrusted[0], f"differs in the replay, but see {', '.join(distrusted)}")
+    if wrongs and tied:
+        return Judgement(c, "UNKNOWN", TIE, f"differs, but a choice fell differently at a tie up to rounding: see {TIE}")
     if wrongs:
         code = "REL010" if all(w.nan for w in wrongs) else "REL001"
         return Judgement(c, "REFUTED", code, "differs from the reference", wrongs)
