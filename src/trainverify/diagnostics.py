@@ -8,16 +8,16 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     """Where a call comes from: the innermost user frame; for a backward call, the frame of the forward call that it differentiates."""
 
     file: str
-    line: int
+    line: int                                 # 0: the file as a whole
     function: str
     module: str = ""                          # module path, "layers.0.attn.wq"
-    phase: str = "forward"                    # setup, forward, backward, optimizer, hook
+    phase: str = "forward"                    # setup, forward, backward, optimizer, hook; "" where it is not known
     step: int = 0                             # 0 before the first step
     stack: tuple[tuple[str, int, str], ...] = ()   # outer user frames (file, line, function), innermost first
     microbatch: int = -1
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 class Diagnostic(msgspec.Struct, frozen=True):

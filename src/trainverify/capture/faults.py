@@ -42,6 +42,7 @@ _MISMATCH_FIX = {
     "splits": "What a member sends to another must be what that one expects: exchange the split sizes first.",
     "root": "Give the same source or destination rank on all members (a global rank, not the rank in the group).",
 }
+_PRINTED = "--debug keeps what each rank printed beside the traces."
 Stacks = Mapping[int, list[tuple[str, int, str]]]
 
 
@@ -246,7 +247,7 @@ def _raise(members: list[Member]) -> Diagnostic:
                           "This is a bug in TrainVerify; please report it with this traceback.")
     notes = [f"{file}:{line} in {function}: {source}" for file, line, function, source in reversed(raised.frames)]
     notes += [f"rank {m.rank}: {m.raised.text}" for m in members[1:] if m.raised.text != raised.text]
-    return Diagnostic("RUN009", f"{who} raised {text}", span=span, ranks=ranks, notes=tuple(notes))
+    return Diagnostic("RUN009", f"{who} raised {text}", span=span, ranks=ranks, notes=tuple(notes), fix=f"Correct what it states. {_PRINTED}")
 
 
 def _innermost(raised: Raised) -> Span | None:
@@ -254,13 +255,14 @@ def _innermost(raised: Raised) -> Span | None:
     if not raised.frames:
         return None
     file, line, function, _ = raised.frames[-1]
-    return Span(file, line, function, stack=tuple((f, n, name) for f, n, name, _ in raised.frames[-2::-1]))
+    return Span(file, line, function, phase="", stack=tuple((f, n, name) for f, n, name, _ in raised.frames[-2::-1]))
 
 
 def _death(m: Member, output: str) -> Diagnostic:
     notes = [f"its last communication was {_op(m.last)}{_at(m.last.span)}"] if m.last else ["it had not communicated"]
     notes += [f"output: {line}" for line in output.splitlines()[-5:]]
-    return Diagnostic("RUN010", f"rank {m.rank} {m.death}", span=m.last.span if m.last else None, ranks=(m.rank,), notes=tuple(notes))
+    return Diagnostic("RUN010", f"rank {m.rank} {m.death}", span=m.last.span if m.last else None, ranks=(m.rank,), notes=tuple(notes),
+                      fix=f"Look for a crash in native code, an exit, or too little memory. {_PRINTED}")
 
 
 # -- waiting for ever
@@ -368,7 +370,7 @@ def _wall_clock(world: Coordinator, limit: float, stacks: Stacks) -> Diagnostic:
         stack = stacks.get(m.rank)
         if stack and m in running:
             file, line, function = stack[0]
-            span = span or Span(file, line, function, stack=tuple(stack[1:]))
+            span = span or Span(file, line, function, phase="", stack=tuple(stack[1:]))
             notes.append(f"rank {m.rank} was executing {file}:{line} in {function}")
         else:
             notes.append(_where(m))

@@ -105,7 +105,8 @@ class Captured:
         setattr(self, name, side.program)
         self.diagnostics += side.diagnostics
         self.peak_memory = max(self.peak_memory, side.stats.memory)
-        self.phases.append(Phase(f"capture {name}", side.seconds, f"{side.stats.ops:,} calls, {side.stats.ops_per_second:,.0f} per CPU second"))
+        speed = f"{side.stats.ops:,} calls, {side.stats.ops_per_second:,.0f} per CPU second" if side.program is not None else ""
+        self.phases.append(Phase(f"capture {name}", side.seconds, speed))
 
 
 class _Result(msgspec.Struct):
@@ -212,7 +213,8 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
     told = (lambda rank, text: progress(f"capture {side}", text)) if progress else None
     if progress:
         progress(f"capture {side}", f"{n} ranks" if n > 1 else "1 rank")
-    world = run_world(n, child, timeout=options.timeout, on_progress=told)
+    output = base / f"{side}.output" if options.workdir is not None else None
+    world = run_world(n, child, timeout=options.timeout, on_progress=told, output_dir=output)
     faulted = any(d.severity in ("error", "internal") for d in world.faults)
     results = [] if faulted else [msgspec.msgpack.decode(r, type=_Result) for r in world.results]
     program = None

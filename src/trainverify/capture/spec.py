@@ -141,23 +141,23 @@ def _spec(path: str, file: str, names: dict[str, Any]) -> Spec:
     for name, what in (("reference", "reference()"), ("parallel", "parallel(ref)")):
         if not callable(names.get(name)):
             kind = "no" if names.get(name) is None else f"a {type(names[name]).__name__} in place of"
-            raise Fault(Diagnostic("SPEC003", f"{file or 'the spec'} defines {kind} {what}", span=Span(file, 1, "<module>", phase="setup") if file else None,
+            raise Fault(Diagnostic("SPEC003", f"{file or 'the spec'} defines {kind} {what}", span=Span(file, 0, "", phase="") if file else None,
                                    fix="Define reference() -> tv.Training and parallel(ref, **case) -> tv.Training."))
         _takes(names[name], file, what, *(() if name == "reference" else ("ref",)))
     cases = names.get("CASES") or ()
     if isinstance(cases, dict):
         cases = tuple(cases.values())
     if not isinstance(cases, (list, tuple)) or not all(isinstance(c, dict) for c in cases):
-        raise Fault(Diagnostic("SPEC004", f"CASES is {cases!r}, which is no list of dicts", span=Span(file, 1, "<module>", phase="setup"),
+        raise Fault(Diagnostic("SPEC004", f"CASES is {cases!r}, which is no list of dicts", span=Span(file, 0, "", phase=""),
                                fix='Write CASES = [{"tp": 2}, {"tp": 3}].'))
     ops = names.get("OPS") or ()
     wrong = [o for o in ops if not isinstance(o, (CustomOp, OpRow))] if isinstance(ops, (list, tuple)) else [ops]
     if wrong:
-        raise Fault(Diagnostic("SPEC004", f"OPS holds {wrong[0]!r}, which is no tv.op", span=Span(file, 1, "<module>", phase="setup"),
+        raise Fault(Diagnostic("SPEC004", f"OPS holds {wrong[0]!r}, which is no tv.op", span=Span(file, 0, "", phase=""),
                                fix='Write OPS = [tv.op("mylib::fused", meaning=function)].'))
     twice = [n for n, k in Counter(_row(o).name for o in ops).items() if k > 1]
     if twice:
-        raise Fault(Diagnostic("SPEC004", f"OPS explains {twice[0]} twice", span=Span(file, 1, "<module>", phase="setup"), fix="Keep one of them."))
+        raise Fault(Diagnostic("SPEC004", f"OPS explains {twice[0]} twice", span=Span(file, 0, "", phase=""), fix="Keep one of them."))
     return Spec(path, names["reference"], names["parallel"], names.get("RANKS"), tuple(cases), tuple(ops))
 
 

@@ -66,5 +66,7 @@ def is_internal(error: BaseException) -> bool:
 
 
 def frames_of_stack_dump(text: str) -> list[tuple[str, int, str]]:
-    """The user frames of a faulthandler dump, innermost first."""
-    return [(file, int(line), name) for file, line, name in _DUMPED.findall(text) if is_user_file(file)]
+    """The user frames of a faulthandler dump, innermost first; below ours stands whoever started us."""
+    frames = [(file, int(line), name) for file, line, name in _DUMPED.findall(text)]
+    bottom = next((i for i, (file, _, name) in enumerate(frames) if file.startswith(_OURS) and name == "_run_child"), len(frames))
+    return [frame for frame in frames[:bottom] if is_user_file(frame[0])]

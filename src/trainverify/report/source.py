@@ -73,8 +73,8 @@ def place_under(span: Span | None, root: str) -> tuple[str, int] | None:
     if span is None:
         return None
     for file, line, *_ in ((span.file, span.line), *span.stack):
-        if (rel := relative_to(file, root)) and line > 0:
-            return rel, line
+        if rel := relative_to(file, root):
+            return rel, max(line, 1)          # 0: the file as a whole
     return None
 
 

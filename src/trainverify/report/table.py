@@ -72,7 +72,7 @@ def _rows(suite: Suite, width: int) -> list[str]:
 def _causes(report: Report) -> tuple[tuple[str, str], ...]:
     """Code and place of what went wrong; runs for which these are the same are explained once."""
     found = [*[f.diagnostic for f in report.findings], *by_severity(report.diagnostics, ("internal", "error"))]
-    return tuple(dict.fromkeys((d.code, f"{os.path.basename(d.span.file)}:{d.span.line}" if d.span and d.span.file else "") for d in found))
+    return tuple(dict.fromkeys((d.code, os.path.basename(str(d.span)) if d.span and d.span.file else "") for d in found))
 
 
 def _at(code: str, place: str) -> str:

@@ -140,12 +140,12 @@ def diagnostic_lines(d: Diagnostic, width: int = WIDTH, op: str = "", extra: Seq
 
 
 def _place(span: Span, ranks: Sequence[int], op: str, width: int) -> list[str]:
-    where = [span.phase, *([f"step {span.step}"] if span.step else []),
+    where = [*([span.phase] if span.phase else []), *([f"step {span.step}"] if span.step else []),
              *([f"microbatch {span.microbatch}"] if span.microbatch >= 0 else []), *([ranks_text(ranks)] if ranks else [])]
     inside = f" in {span.function}" if span.function else ""
-    parts = [f"  --> {short_path(span.file)}:{span.line}", inside, f" ({'; '.join(where)})"]
+    parts = [f"  --> {short_path(span.file)}" + (f":{span.line}" if span.line else ""), inside, f" ({'; '.join(where)})" if where else ""]
     lines = [parts[0]]
-    for part in parts[1:]:
+    for part in filter(None, parts[1:]):
         lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, *wrap("      ", part.strip(), width, indent=7)]
     # A backward call's span is its forward line: only an op that names its forward op says which part of that line.
     shown = excerpt(span.file, span.line, op if span.phase != "backward" or "backward" in op else "")

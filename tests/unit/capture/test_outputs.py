@@ -162,6 +162,12 @@ def test_wrong_specs(captured, how, code, text):
     assert found.code == code and text in found.message and found.severity == "error", found
 
 
+def test_what_the_ranks_printed_is_kept_with_the_traces(tmp_path):
+    done = capture(load_spec(SPEC), CaptureOptions(case={"how": "raises"}, steps=1, timeout=60, workdir=tmp_path))
+    assert "tp must divide heads" in (tmp_path / "parallel.output" / "rank1.log").read_text()
+    assert "calls" in done.phases[0].detail and done.phases[1].detail == ""
+
+
 def test_opaque_is_never_recorded(plain):
     for trace in plain.parallel.traces:
         for c in trace.ops:

@@ -128,6 +128,13 @@ def test_a_note_does_not_repeat_the_line_above_it():
     assert "in f: return x" in "\n".join(text.diagnostic_lines(gone))
 
 
+@pytest.mark.parametrize(("span", "ranks", "place"), [
+    (Span("gone.py", 3, "f", phase=""), (), "gone.py:3 in f"), (Span("gone.py", 3, "f", phase=""), (1,), "gone.py:3 in f (rank 1)"),
+    (Span("tests/unit/report/fixtures/norm.py", 0, "", phase=""), (), "tests/unit/report/fixtures/norm.py")])
+def test_a_place_says_what_is_known_of_it(span, ranks, place):
+    assert text.diagnostic_lines(Diagnostic("RUN009", "m", span=span, ranks=ranks)) == ["error[RUN009]: m", f"  --> {place}"]
+
+
 def test_nan_and_equal_ranks_in_a_counterexample():
     witness = Witness("loss, step 1", 2.5, ((0, float("nan")), (1, 3.0), (2, float("nan"))))
     finding = Finding(Diagnostic("REL010", "a NaN that the reference lacks"), witnesses=(witness,))

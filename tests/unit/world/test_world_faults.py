@@ -6,7 +6,9 @@ import time
 
 import pytest
 import torch
+from trainverify.capture import world
 from trainverify.capture.faults import FAULTS
+from trainverify.capture.userframes import frames_of_stack_dump
 from trainverify.capture.wire import Signature
 from trainverify.capture.world import run_world
 from trainverify.diagnostics import Diagnostic, Fault, Span
@@ -204,7 +206,7 @@ def test_a_rank_that_raises():
     fault = only(faults(3, lambda rank: user_code(rank) and None))
     assert (fault.code, fault.ranks, fault.severity) == ("RUN009", (1,), "error")
     assert "rank 1 raised RuntimeError: The size of tensor a (3)" in fault.message
-    assert (fault.span.file, fault.span.line) == (__file__, line_of(user_code, "torch.zeros(4)"))
+    assert (fault.span.file, fault.span.line, fault.span.phase) == (__file__, line_of(user_code, "torch.zeros(4)"), "")
     assert not any("site-packages/torch" in n or "world.py" in n for n in fault.notes)
     assert any("rank 2 waits in all_reduce" in n and "for rank 1" in n for n in fault.notes)
 
@@ -264,6 +266,12 @@ def test_wall_clock_limit_tells_what_each_rank_does():
     assert fault.span.line in (line_of(child, "# busy"), line_of(child, "while True"))
     assert any("rank 1 was executing" in n and "in child" in n for n in fault.notes)
     assert any("rank 0 waits in all_reduce" in n for n in fault.notes)
+
+
+def test_what_started_us_is_no_code_of_a_rank():
+    frames = [("/home/u/train.py", 7, "step"), (world.__file__, 3, "_run_child"), (world.__file__, 2, "start"), ("/home/u/.venv/bin/trainverify", 8, "<module>")]
+    dump = "Current thread 0x1 (most recent call first):\n" + "".join(f'  File "{file}", line {line} in {name}\n' for file, line, name in frames)
+    assert frames_of_stack_dump(dump) == [("/home/u/train.py", 7, "step")]
 
 
 def test_a_message_that_nobody_receives_is_a_warning():
