@@ -12,9 +12,8 @@ import torch
 
 from trainverify.diagnose.dataflow import Node
 from trainverify.diagnose.expected import Expectations, Expected, chosen, differ, value, where
-from trainverify.diagnose.explain import ORDER, Cause, Explanation
+from trainverify.diagnose.explain import ORDER, Cause, Diagnosis, Explanation
 from trainverify.diagnose.minimise import Minimiser
-from trainverify.diagnose.origin import Search as Origins
 from trainverify.diagnose.trial import Outcome, Place, Trials, result_of, same_decisions
 from trainverify.diagnose.words import at_text
 from trainverify.engine.verdict import Judgement
@@ -24,11 +23,11 @@ from trainverify.replay.errors import ReplayError
 from trainverify.report.model import Counterexample, Finding, Step
 from trainverify.report.words import number
 
-MOST_TRIALS, FEWEST_TRIALS = 100, 8
+MOST_TRIALS, FEWEST_TRIALS = 150, 8
 MOST_WORK = 200_000                           # calls of all trials together, a thousand elements counting as one
 LEAST, CLEAR = 1e-9, 0.1                      # a relative difference that counts at all; the part of the recorded difference that is to remain
 MOST_STEPS, MOST_VALUES, MOST_INPUTS = 4, 4, 24
-MOST_TARGETS = 24
+MOST_TARGETS, MOST_PATHS = 24, 8
 
 
 @dataclass(slots=True)
@@ -55,22 +54,23 @@ def counterexample(analysis, explanation: Explanation, reference: Program, paral
     if any(d.code == "REL007" for d in analysis.diagnostics):
         return "what was read before its wait is arbitrary: no inputs decide it"
     cause = explanation.causes[0]
-    target, nodes = _target(wrong, cause, explanation.diagnosis.search)
+    target, nodes = _target(wrong, cause, explanation.diagnosis)
     return Search(analysis, explanation, target, nodes, reference, parallel, progress).found()
 
 
-def _target(wrong: list[Judgement], cause: Cause, search: Origins) -> tuple[Judgement, list[Node]]:
-    """The wrong output to show, with the finding's calls that it comes from: of those that the finding rests on, of the earliest step and
-    kind, the one whose difference arises first."""
-    of = [j for j in wrong if j.key in cause.keys] or wrong
-    first = min((j.key[2], ORDER.get(j.key[0], 9)) for j in of)
-    of = [j for j in of if (j.key[2], ORDER.get(j.key[0], 9)) == first][:MOST_TARGETS]
-    nodes: dict[int, list[Node]] = {}
-    for k, j in enumerate(of):
-        its = {n for w in j.wrong if w.piece.recorded.ref is not None for n in search.origins(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)}
-        nodes[k] = sorted(its & set(cause.nodes), key=lambda n: n[::-1])
-    k = min(nodes, key=lambda k: (nodes[k][0][1] if nodes[k] else 1 << 60, sum(len(p.at) for p in of[k].compared.pieces)))
-    return of[k], nodes[k] or list(cause.nodes)
+def _target(wrong: list[Judgement], cause: Cause, diagnosis: Diagnosis) -> tuple[Judgement, list[Node]]:
+    """The wrong output to show, with the finding's calls in the order in which they are to be shown: of those that the finding rests on the
+    one whose difference arises first, and that first."""
+    by_key = {j.key: j for j in wrong if j.key in cause.keys}
+    found: dict[Key, list[Node]] = {}
+    for key, rank, ref, before in diagnosis.starts():
+        if key in by_key and len(found) < MOST_TARGETS:
+            its = diagnosis.search.origins(rank, ref, before) & set(cause.nodes)
+            found[key] = sorted({*found.get(key, ()), *its}, key=lambda n: n[::-1])
+    key = min(found, key=lambda k: (found[k][0][1] if found[k] else 1 << 60, ORDER.get(k[0], 9), sum(len(p.at) for p in by_key[k].compared.pieces)), default=None)
+    if key is None:
+        return min(wrong, key=lambda j: (j.key[2], ORDER.get(j.key[0], 9))), list(cause.nodes)
+    return by_key[key], list(dict.fromkeys([*found[key], *cause.nodes]))
 
 
 class Search:
@@ -87,7 +87,7 @@ class Search:
         self.expectations = Expectations(self.search, analysis.second.field, reference, groups)
         self.nodes = self._nodes(nodes, [t.rank for t in parallel.traces])
         self.expected: dict[int, Expected] = {}
-        self.path = self._path()
+        self.paths = {n: self._path(n) for n in self.nodes[:MOST_PATHS]}
         self.base: Outcome | None = None
         self.clear = [0.0, 0.0]               # differences that have to remain: of the output, of the operation
 
@@ -111,18 +111,39 @@ class Search:
         candidates = {n: self.expectations.candidates(n) for n in self.nodes}
         members = [m for n in self.nodes if self.flow.call(n).collective is not None and self.flow.call(n).collective.kind not in ("send", "recv")
                    for m in self.flow.members(n)]
-        wanted = {("parallel", *n) for n in (*self.nodes, *members, *(n for n, _ in self.path))}
-        wanted |= {e.place for e in (*(e for es in candidates.values() for e in es), *(e for _, e in self.path)) if e.place is not None}
+        above = [step for path in self.paths.values() for step in path]
+        wanted = {("parallel", *n) for n in (*self.nodes, *members, *(n for n, _ in above))}
+        wanted |= {e.place for e in (*(e for es in candidates.values() for e in es), *(e for _, e in above)) if e.place is not None}
         self.wanted: set[Place] = wanted
         recorded = torch.from_numpy(self.symbols.values).clone()
         try:
-            self.base = self.trials.run(recorded, wanted)
+            self.base = self._first(recorded)
         except (ReplayError, LookupError) as e:
             return f"the programs cannot be replayed on other inputs: {e}"
         self.expected = {n[0]: e for n, es in candidates.items() if (e := chosen(self.search, n, es, self.base, recorded)) is not None}
         if not self._differs(self.base, recorded):
             return "the output is equal in a replay in which masks follow the inputs"
         return self._told(*self._minimised(recorded))
+
+    def _first(self, recorded: torch.Tensor) -> Outcome:
+        """The recorded inputs replayed: only what the output depends on, if that gives what the whole gave."""
+        whole = self.trials.programs
+        self.trials.narrow(self.wanted)
+        try:
+            outcome = self.trials.run(recorded, self.wanted)
+            if self._is_recorded(outcome):
+                return outcome
+        except (ReplayError, LookupError):
+            pass                              # the slice lacks something that memory holds: the whole has it
+        self.trials.programs = whole
+        return self.trials.run(recorded, self.wanted)
+
+    def _is_recorded(self, outcome: Outcome) -> bool:
+        old = [p for p in self.target.compared.pieces if p.rank in self.ranks]
+        new = self._pieces(outcome)
+        return len(old) == len(new) and all(
+            torch.allclose(getattr(a, side)["real"].t, getattr(b, side)["trial"].t, rtol=1e-9, atol=1e-15, equal_nan=True)
+            for a, b in zip(old, new) for side in ("reference", "parallel"))
 
     def _minimised(self, recorded: torch.Tensor) -> tuple[torch.Tensor, int, str]:
         """(inputs, trials, why the recorded ones were kept)."""
@@ -173,10 +194,9 @@ class Search:
         return _gap(pairs), _gap(self._results(outcome, values))
 
     # ---- telling
-    def _path(self) -> list[tuple[Node, Expected]]:
-        """Calls above the wrong one whose results the reference has, the earliest first."""
+    def _path(self, node: Node | None) -> list[tuple[Node, Expected]]:
+        """Calls above a wrong one whose results the reference has, the earliest first."""
         out: list[tuple[Node, Expected]] = []
-        node = self.nodes[0] if self.nodes else None
         while node is not None and len(out) < MOST_STEPS:
             above = [(p, e) for p in map(self.flow.delivered, self.flow.producers(node)) if self._is_replayed(p) and p not in self.watch.constant["parallel"]
                      and (e := self.expectations.result(p)) is not None and e.home.call >= 0]
@@ -184,9 +204,17 @@ class Search:
             out += above[:1]
         return out[::-1]
 
+    def _clearest(self, outcome: Outcome, values: torch.Tensor) -> list[tuple[Node, Expected]]:
+        """The path above the call whose result is wrong by most."""
+        def gap(node: Node) -> float:
+            e, ours = self.expected.get(node[0]), result_of(outcome, "parallel", node)
+            theirs = None if e is None else value(e, outcome, values)
+            return 0.0 if theirs is None or ours is None else _gap([(theirs, ours.reshape(-1))])
+        return self.paths[max(self.paths, key=gap)] if self.paths else []
+
     def _told(self, values: torch.Tensor, trials: int, note: str) -> Found:
         outcome = self.trials.run(values, self.wanted)
-        steps = [s for n, e in self.path if (s := self._step([n], {n[0]: e}, outcome, values)) is not None]
+        steps = [s for n, e in self._clearest(outcome, values) if (s := self._step([n], {n[0]: e}, outcome, values)) is not None]
         steps += [s for s in [self._step(self.nodes, self.expected, outcome, values)] if s is not None]
         steps.append(self._output(outcome))
         at = torch.nonzero(values).reshape(-1)
@@ -246,7 +274,7 @@ def _shown(what: str, place: str, there: str, shape, theirs: dict[int, torch.Ten
         weight += (v[:n] != 0).double()
         if rank in theirs:
             weight += 4 * where(theirs[rank][:n], v[:n], LEAST).double() + (theirs[rank][:n] != 0).double()
-    at = weight.argsort(descending=True, stable=True)[:MOST_VALUES].sort().values
+    at = weight.argsort(stable=True, descending=True)[:MOST_VALUES].sort().values
     told = lambda v: tuple(number(float(x)) for x in v[at])  # noqa: E731
     names = tuple(at_text(torch.unravel_index(i, tuple(shape))) if len(shape) else "" for i in at)
     same = bool(theirs) and all(r in theirs and not differ(theirs[r], v, LEAST) for r, v in ours.items())

@@ -88,7 +88,7 @@ class Expectations:
             held = self.operand(node, ref)
             if held is None:
                 continue
-            if ref.numel == targets[0].numel:
+            if ref.numel == targets[0].numel and (call.collective is not None or self.search.status(node).startswith("x ")):
                 out.append(held)              # of a communication or a multiplication: what came in may be what is due
             readers = [self.ops[i] for r, i in self.reference.readers((self.rank, held.home.call))] if held.home.call >= 0 else []
             same = [c for c in readers if c.name == call.name]

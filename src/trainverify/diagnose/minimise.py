@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-ZEROING = 3 / 4                               # the part of all attempts that may go into zeroing
+ZEROING = 0.65                               # the part of all attempts that may go into zeroing
 
 
 class Minimiser:
@@ -20,10 +20,10 @@ class Minimiser:
         self.blocks = [torch.arange(first, first + n) for first, n in blocks if n]
 
     def run(self) -> torch.Tensor:
-        self._attack(self.blocks, int(self.most * ZEROING), lambda old: torch.zeros_like(old))
+        self._attack(self.blocks, int(self.most * ZEROING), torch.zeros_like)
         left = [kept for b in self.blocks if len(kept := b[self.values[b] != 0])]
-        for smaller in (_integers, _units):
-            self._attack([b for b in left if not _whole(self.values[b])], self.most, smaller)
+        for smaller, until in ROUNDING:
+            self._attack([b for b in left if not bool(_is_short(self.values[b]).all())], int(self.most * until), smaller)
         return self.values
 
     def _try(self, at: torch.Tensor, new: torch.Tensor) -> bool:
@@ -67,16 +67,21 @@ class Minimiser:
 def _integers(old: torch.Tensor) -> torch.Tensor:
     """Whole numbers of the same sign, 1, 2, 3 in turn, so that neighbours differ."""
     turn = torch.arange(len(old), dtype=old.dtype) % 3 + 1
-    return torch.where(_is_whole(old), old, torch.where(old < 0, -turn, turn))
+    return torch.where(_is_short(old), old, torch.where(old < 0, -turn, turn))
 
 
 def _units(old: torch.Tensor) -> torch.Tensor:
-    return torch.where(_is_whole(old), old, torch.where(old < 0, -1.0, 1.0).to(old.dtype))
+    return torch.where(_is_short(old), old, torch.where(old < 0, -1.0, 1.0).to(old.dtype))
 
 
-def _is_whole(v: torch.Tensor) -> torch.Tensor:
+def _tenths(old: torch.Tensor) -> torch.Tensor:
+    """One decimal, and no zero that was none."""
+    size = (old.abs() * 10).round().clamp(min=1) / 10
+    return torch.where(old == 0, old, torch.where(old < 0, -size, size))
+
+
+def _is_short(v: torch.Tensor) -> torch.Tensor:
     return (v == v.round()) & (v.abs() <= 9)
 
 
-def _whole(v: torch.Tensor) -> bool:
-    return bool(_is_whole(v).all())
+ROUNDING = ((_integers, 0.8), (_units, 0.9), (_tenths, 1.0))   # each with the part of all attempts after which the next begins

@@ -13,7 +13,7 @@ import torch
 
 from trainverify.algebra.base import Complex
 from trainverify.algebra.real import Real, RealValue
-from trainverify.diagnose.dataflow import Node
+from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Compared, Comparison, Key
@@ -86,6 +86,11 @@ class Trials:
         self.programs = {side: until(p, key[2]) for side, p in (("reference", reference), ("parallel", parallel))}
         self.table, self.symbols, self.like, self.key = table, symbols, like, key
 
+    def narrow(self, wanted: Iterable[Place]) -> None:
+        """From here on replay only what the output and the wanted calls depend on."""
+        its = list(wanted)
+        self.programs = {side: sliced(p, [(r, i) for s, r, i in its if s == side], self.key) for side, p in self.programs.items()}
+
     def run(self, values: torch.Tensor, wanted: Iterable[Place] = ()) -> Outcome:
         m, tape, worlds = Trial(lambda numbers: values[numbers]), Tape(frozenset(wanted)), []
         for program in self.programs.values():
@@ -105,6 +110,38 @@ def until(program: Program, step: int) -> Program:
         end = next((c.index for c in ops if c.name == "tv.step" and c.args[0] > step), len(ops))
         return ops[:end]
     return Program([msgspec.structs.replace(t, ops=cut(t.ops)) for t in program.traces], program.blobs)
+
+
+CONTROL = {"tv.decision", "tv.param", "tv.stepped", "aten.is_nonzero.default", "aten.equal.default", "aten._local_scalar_dense.default"}
+ALWAYS = {"tv.symbol", "tv.data", "tv.step", "tv.resize"}
+
+
+def sliced(program: Program, wanted: Iterable[Node], key: Key) -> Program:
+    """Only the calls that the output and the wanted calls were computed from, with every decision that Python took before them."""
+    flow = Dataflow(program)
+    ends = {t.rank: 0 for t in program.traces}
+    starts = list(wanted)
+    for t in program.traces:
+        starts += [(t.rank, c.index) for c in t.ops if c.name == "tv.output" and (c.args[0], c.args[1], c.args[2]) == key]
+    for rank, index in starts:
+        ends[rank] = max(ends[rank], index)
+    keep: set[Node] = set()
+    stack = [*starts, *((t.rank, c.index) for t in program.traces for c in t.ops if c.name in CONTROL and c.index <= ends[t.rank])]
+    while stack:
+        node = stack.pop()
+        if node in keep:
+            continue
+        keep.add(node)
+        call = flow.call(node)
+        met = call.collective is not None and call.collective.kind not in ("send", "recv")
+        stack += [*flow.producers(node), *(flow.members(node) if met else ())]
+        if (sent := flow.sender(node)) is not None:
+            stack += [sent, flow.delivered(node)]
+    traces = []
+    for t in program.traces:
+        works = {t.ops[i].collective.work for r, i in keep if r == t.rank and t.ops[i].collective is not None} - {None}
+        traces.append(msgspec.structs.replace(t, ops=[c for c in t.ops if (t.rank, c.index) in keep or c.name in ALWAYS or c.name == "tv.wait" and c.args[0] in works]))
+    return Program(traces, program.blobs)
 
 
 def same_decisions(old: Outcome, new: Outcome) -> bool:
@@ -140,7 +177,7 @@ def _order(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def _same_order(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether the elements of every row stand in the same order of size, equal ones (which a choice may take in any order) as before."""
-    at = old.argsort(-1, stable=True)
+    at = old.argsort(dim=-1, stable=True)
     return torch.equal(old.gather(-1, at).diff(dim=-1) > 0, new.gather(-1, at).diff(dim=-1) > 0) and not bool((new.gather(-1, at).diff(dim=-1) < 0).any())
 
 
