@@ -74,7 +74,8 @@ class Vacuity:
 def prove_programs(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...],
                    progress: Callable, lineages: Callable[[], Lineages]) -> Proof:
     """Replay both sides in terms, with a field of this seed; `lineages` is asked when both are done."""
-    claims = Claims(Store(), Dictionary(likely_factors(parallel)))
+    store = Store()
+    claims = Claims(store, Dictionary(store, likely_factors(parallel)))
     terms = Terms(Field(seed), claims, symbols.total)
     vacuity, worlds = Vacuity(), []
     for side, program in (("reference", reference), ("parallel", parallel)):

@@ -30,7 +30,7 @@ DEPTH = 24                                    # unfoldings in a row
 DEEPEST = 400                                 # operations above each other that unfolding may reach
 NESTING = 120                                 # operations above each other in a written-out term
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
-PATIENCE = 40                                 # failures of a whole run after which leaves are unfolded no more
+PATIENCE = 600_000                            # effort of a whole run on claims that fail, after which leaves are unfolded no more
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SUMS = 32                                     # rows of a call that are tried as long sums
 CHUNK = 1 << 21                               # leaves that are named at once
@@ -48,10 +48,13 @@ class Guesses(Protocol):
     """Proposes what a row may equal. A wrong proposal costs time only."""
 
     def find(self, prints: np.ndarray) -> np.ndarray: ...
-    def find_other(self, prints: np.ndarray) -> np.ndarray: ...
     def learn(self, prints: np.ndarray, ids: np.ndarray) -> None: ...
-    def learn_other(self, prints: np.ndarray, ids: np.ndarray) -> None: ...
-    def scales(self, index: np.ndarray, prints: Prints) -> Iterable[tuple[Fraction, np.ndarray]]: ...
+    def scales(self, index: np.ndarray, prints: Prints, code: int, rows: np.ndarray) -> Iterable[tuple[Fraction, np.ndarray]]: ...
+
+    # Of fingerprints that elements have which were not proved equal:
+    def ambiguous(self, prints: np.ndarray) -> np.ndarray: ...
+    def find_other(self, code: int, rows: np.ndarray) -> np.ndarray: ...
+    def learn_other(self, prints: np.ndarray, code: int, rows: np.ndarray, ids: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,9 @@ class Claims:
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
         self._shape, self._at = np.zeros(0, np.int32), np.zeros(0, I64)
         self._pool, self._used = np.empty(1024, I64), 0
+        self.wasted = self._effort = 0                           # nodes of terms, and cells of rows by 64
         self._constants = 0
+        self._stubborn = np.zeros(0, bool)                       # not proved to be what its fingerprint says
         self._short_first = self._too_large = False
 
     # ---- rows to identifiers
@@ -114,35 +119,48 @@ class Claims:
         self.counts["new"] += len(rows)
         if marks is None:
             return self._opened(code, rows, keys)
+        unsure = np.flatnonzero(self.guesses.ambiguous(marks))
+        if unsure.size:
+            reps = np.full(len(rows), -1, I64)
+            reps[unsure] = self.guesses.find_other(code, rows[unsure])
+            self._merge(code, rows, keys, out, np.flatnonzero(reps >= 0), reps, Fraction(1))
         reps = self.guesses.find(marks)
-        self._merge(code, rows, keys, out, np.flatnonzero(reps >= 0), reps, Fraction(1))
+        self._merge(code, rows, keys, out, np.flatnonzero((reps >= 0) & (out < 0)), reps, Fraction(1))
         failed = np.flatnonzero((reps >= 0) & (out < 0))
-        if failed.size:
-            others = self.guesses.find_other(marks)
-            self._merge(code, rows, keys, out, np.flatnonzero((others >= 0) & (reps >= 0) & (out < 0)), others, Fraction(1))
         open_ = np.flatnonzero(out < 0)
         if store.parallel and open_.size:
-            for c, reps in self.guesses.scales(index[open_], prints):
+            for c, reps in self.guesses.scales(index[open_], prints, code, rows[open_]):
                 full = np.full(len(rows), -1, I64)
                 full[open_] = reps
                 self._merge(code, rows, keys, out, np.flatnonzero((full >= 0) & (out < 0)), full, c)
-            open_ = np.flatnonzero(out < 0)
         if not store.parallel and open_.size:
-            _, first, inverse = np.unique(marks[open_], return_index=True, return_inverse=True)
-            lead = open_[np.sort(first)]
-            out[lead] = store.define(code, rows[lead], keys[lead])
-            self.guesses.learn(marks[lead], out[lead])
-            again = np.intersect1d(lead, failed)
-            self.guesses.learn_other(marks[again], out[again])
-            twins = np.setdiff1d(open_, lead)                  # equal to an earlier row of this very call, perhaps
-            if twins.size:
-                reps = np.full(len(rows), -1, I64)
-                reps[open_] = out[open_[first]][inverse.reshape(-1)]
-                self._merge(code, rows, keys, out, twins, reps, Fraction(1))
-            open_ = np.flatnonzero(out < 0)
+            self._learnt(code, rows, keys, out, marks, failed)
+        open_ = np.flatnonzero(out < 0)
         if open_.size:
             out[open_] = self._opened(code, rows[open_], keys[open_])
+        if failed.size:
+            self._sync()
+            self._stubborn[out[failed]] = True
         return out
+
+    def _learnt(self, code: int, rows, keys, out: np.ndarray, marks: np.ndarray, failed: np.ndarray) -> None:
+        """Define what the reference has for the first time, and tell the guesses."""
+        if failed.size:
+            out[failed] = self.store.define(code, rows[failed], keys[failed])
+            self.guesses.learn_other(marks[failed], code, rows[failed], out[failed])
+        new = np.flatnonzero(out < 0)
+        _, first, inverse = np.unique(marks[new], return_index=True, return_inverse=True)
+        lead = new[np.sort(first)]
+        out[lead] = self.store.define(code, rows[lead], keys[lead])
+        self.guesses.learn(marks[lead], out[lead])
+        twins = np.setdiff1d(new, lead)                          # equal to an earlier row of this very call, perhaps
+        if twins.size:
+            reps = np.full(len(rows), -1, I64)
+            reps[new] = out[new[first]][inverse.reshape(-1)]
+            self._merge(code, rows, keys, out, twins, reps, Fraction(1))
+            unequal = twins[out[twins] < 0]
+            out[unequal] = self.store.define(code, rows[unequal], keys[unequal])
+            self.guesses.learn_other(marks[unequal], code, rows[unequal], out[unequal])
 
     def _opened(self, code: int, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """New identifiers of rows that are nothing known."""
@@ -179,8 +197,8 @@ class Claims:
         store, n = self.store, self.store.n
         if n > len(self._shape):
             old, room = len(self._shape), max(n, 2 * len(self._shape))
-            self._shape, self._at = grow(self._shape, room), grow(self._at, room)
-            self._shape[old:] = LEAF
+            self._shape, self._at, self._stubborn = grow(self._shape, room), grow(self._at, room), grow(self._stubborn, room)
+            self._shape[old:], self._stubborn[old:] = LEAF, False
         if len(store.constants) > self._constants:
             for i, q in list(store.constants.items())[self._constants:]:
                 if abs(q.numerator) < SIMPLE and q.denominator < SIMPLE:
@@ -265,7 +283,7 @@ class Claims:
     def claim(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction) -> np.ndarray:
         """Which rows are proved to be c times the identifiers reps."""
         self.counts["claims"] += len(rows)
-        ok = np.zeros(len(rows), bool)
+        ok, before = np.zeros(len(rows), bool), self._effort
         self._sync()
         reps = np.where((reps >= 0) & (reps < self.store.n), reps, GARBAGE)      # a guess may be anything
         simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
@@ -286,6 +304,8 @@ class Claims:
                 break
         if self.store.ops[code][0][0] in ("add", "sub"):
             self._long_sums(code, rows, reps, c, ok)
+        if not ok.any():
+            self.wasted += self._effort - before
         return ok
 
     def _long_sums(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction, ok: np.ndarray) -> None:
@@ -316,6 +336,7 @@ class Claims:
 
     def _settle_rows(self, key: tuple[int, int, Fraction], rows: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
         t = self._template(key)
+        self._effort += rows.size // 64
         named = canonical_rows(t, rows)
         partial = self.shapes.partial[key[0]] or self.shapes.partial[key[1]]
         names = np.concatenate([named.names, self.store.sign[named.rows]], 1) if partial else named.names
@@ -343,6 +364,7 @@ class Claims:
                 lhs = terms.add("scl", c, (lhs,))
             rhs = self.shapes.term(terms, par, positions)
             self._templates[key] = template(terms.obligation(lhs, rhs))
+            self._effort += len(terms.nodes)
         return self._templates[key]
 
     def _decide(self, key, t: Template, names: np.ndarray, signs: np.ndarray | None) -> tuple[Verdict, Obligation]:
@@ -354,6 +376,7 @@ class Claims:
             content = digest(obligation)
             if content not in self._by_content:
                 verdict = self._by_content[content] = prove(obligation)
+                self._effort += len(obligation.nodes)
                 self.counts["obligations"] += 1
                 if isinstance(verdict, Proved):
                     self.proofs[content] = verdict
@@ -367,13 +390,13 @@ class Claims:
     def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> np.ndarray:
         """Replace some leaves by their definitions and settle what results."""
         none = np.zeros(len(rows), bool)
+        if self.wasted >= PATIENCE:
+            self.counts["impatient"] += len(rows)
+            return none
         if len(rows) > 4 * PILOT:
             pilot = self._unfold(key, rows[:PILOT], names, split, limit, depth, obligation)
             if not pilot.any():
-                return np.zeros(len(rows), bool)
-        if len(self.failures) >= PATIENCE:
-            self.counts["impatient"] += len(rows)
-            return none
+                return none
         if depth >= DEPTH:
             self._fail(key, "depth", len(rows), obligation)
             return none
@@ -399,7 +422,7 @@ class Claims:
         store = self.store
         by_name = dict(zip(names.tolist(), ids.tolist()))
         left, right = set(names[:split].tolist()), set(names[split:].tolist())
-        open_ = {n for n in by_name if store.code[by_name[n]] > 0}
+        open_ = {n for n, i in by_name.items() if store.code[i] > 0 and not self._stubborn[i]}
         alone = left ^ right
         candidates = open_ & alone
         if candidates:

@@ -9,41 +9,57 @@ import numpy as np
 from trainverify.ir.trace import Program
 from trainverify.kernel.claims import Prints
 from trainverify.kernel.hashtable import HashTable
-from trainverify.kernel.store import ZERO_ID
+from trainverify.kernel.store import ZERO_ID, Store
+from trainverify.relate.structure import Structure, divided, packed
 
 SAMPLE = 4                                    # elements that are tried before a factor is tried on all
 
 
 class Dictionary:
-    """Fingerprints of the reference's elements, the earliest of each, and the earliest that could not be proved to be that one;
-    factors in the order in which they are tried."""
+    """Fingerprints of the reference's elements, the earliest of each; factors in the order in which they are tried.
 
-    def __init__(self, factors: Iterable[Fraction] = ()):
+    Of elements that could not be proved to be the earliest with their fingerprint (the gradients of the biases of all keys are zero,
+    which takes a long proof), marks by structure besides.
+    """
+
+    def __init__(self, store: Store, factors: Iterable[Fraction] = ()):
         self.factors = tuple(dict.fromkeys(factors))
-        self._ids, self._others = HashTable(), HashTable()
+        self._structure = Structure(store)
+        self._ids, self._ambiguous, self._others = HashTable(), HashTable(), HashTable()
+        self._zero: int | None = None
 
     def find(self, prints: np.ndarray) -> np.ndarray:
         return _look_up(self._ids, prints)
 
-    def find_other(self, prints: np.ndarray) -> np.ndarray:
-        return _look_up(self._others, prints)
-
     def learn(self, prints: np.ndarray, ids: np.ndarray) -> None:
         self._ids.put(prints, ids[:, None])
+        if self._zero is None and (ids == ZERO_ID).any():
+            self._zero = int(prints[ids == ZERO_ID][0])
 
-    def learn_other(self, prints: np.ndarray, ids: np.ndarray) -> None:
-        self._others.put(prints, ids[:, None])
+    def ambiguous(self, prints: np.ndarray) -> np.ndarray:
+        return self._ambiguous.get(prints)[0] if self._ambiguous else np.zeros(len(prints), bool)
 
-    def scales(self, index: np.ndarray, prints: Prints) -> Iterable[tuple[Fraction, np.ndarray]]:
-        """(c, reps): index[i] may be c * reps[i], or nothing where reps is -1."""
+    def find_other(self, code: int, rows: np.ndarray) -> np.ndarray:
+        return _look_up(self._others, packed(self._structure.of_rows(code, rows)))
+
+    def learn_other(self, prints: np.ndarray, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
+        self._ambiguous.put(prints, ids[:, None])
+        self._others.put(packed(self._structure.of_rows(code, rows)), ids[:, None])
+
+    def scales(self, index: np.ndarray, prints: Prints, code: int, rows: np.ndarray) -> Iterable[tuple[Fraction, np.ndarray]]:
+        """(c, reps): rows[i], whose print is that of index[i], may be c * reps[i], or nothing where reps is -1."""
         some = index[np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(np.int64))]
+        zero = prints.of(index) == self._zero
+        structure = self._structure.of_rows(code, rows[zero]) if zero.any() and self.ambiguous(np.array([self._zero])).any() else None
         for c in self.factors:
+            if structure is not None:                            # zero over c is zero
+                others = np.full(len(index), -1, np.int64)
+                others[zero] = _look_up(self._others, packed(divided(structure, c)))
+                yield c, others
             if (self.find(prints.divided(some, c)) > ZERO_ID).any():
-                marks = prints.divided(index, c)
-                reps = self.find(marks)
+                reps = self.find(prints.divided(index, c))
                 reps[reps == ZERO_ID] = -1
                 yield c, reps
-                yield c, np.where(reps >= 0, self.find_other(marks), -1)
 
 
 def _look_up(table: HashTable, prints: np.ndarray) -> np.ndarray:

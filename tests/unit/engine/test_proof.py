@@ -217,8 +217,8 @@ def test_a_process_that_is_closed_ends():
 class Random(Dictionary):
     """Proposes any identifier at all."""
 
-    def __init__(self, factors=()):
-        super().__init__(factors)
+    def __init__(self, store, factors=()):
+        super().__init__(store, factors)
         self.rng, self.n = np.random.default_rng(0), 1
 
     def learn(self, prints, ids):
@@ -229,7 +229,13 @@ class Random(Dictionary):
         right = super().find(prints)
         return np.where(self.rng.random(len(prints)) < 0.5, right, self.rng.integers(0, self.n, len(prints)))
 
-    def scales(self, index, prints):
+    def ambiguous(self, prints):
+        return self.rng.random(len(prints)) < 0.2
+
+    def find_other(self, code, rows):
+        return self.rng.integers(0, self.n, len(rows))
+
+    def scales(self, index, prints, code, rows):
         yield Fraction(3), self.rng.integers(0, self.n, len(index))
 
 

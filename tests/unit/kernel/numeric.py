@@ -199,7 +199,7 @@ def run(reference: Program, parallel: Program, sizes: Sequence[int], guesses=Non
     """Programs are f(algebra, *flat values of these sizes). guesses: made from the store; the honest ones if None."""
     parts = parts or Parts()
     store = parts.store()
-    claims = parts.claims(store, Dictionary(FACTORS) if guesses is None else guesses(store))
+    claims = parts.claims(store, Dictionary(store, FACTORS) if guesses is None else guesses(store))
     terms, total = Terms(Field(seed), claims, sum(sizes)), sum(sizes)
     terms.elements = parts.elements(claims)
     rng = np.random.default_rng(seed)

@@ -11,6 +11,7 @@ from trainverify.kernel import claims as claims_module
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import ZERO_ID, Store
 from trainverify.relate.guess import Dictionary
+from trainverify.relate.structure import Structure, packed
 
 from .numeric import FACTORS, Run, mistakes, row_values, run, values
 from .programs import play, program, varied
@@ -53,16 +54,21 @@ class Wild:
                 return np.full(n, self.store.n // 2)
         return self.rng.integers(-3, 3 * self.store.n, n)      # "beyond"
 
-    find_other = find
-
     def learn(self, prints: np.ndarray, ids: np.ndarray) -> None:
         pass
 
-    learn_other = learn
-
-    def scales(self, index: np.ndarray, prints):
+    def scales(self, index: np.ndarray, prints, code: int, rows: np.ndarray):
         for c in SCALES[1:4]:
             yield c, self.find(index)
+
+    def ambiguous(self, prints: np.ndarray) -> np.ndarray:
+        return self.rng.random(len(prints)) < 0.5
+
+    def find_other(self, code: int, rows: np.ndarray) -> np.ndarray:
+        return self.find(rows)
+
+    def learn_other(self, prints: np.ndarray, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
+        pass
 
 
 @pytest.mark.parametrize("manner", ["random", "newest", "same", "beyond"])
@@ -83,7 +89,7 @@ def test_dictionary_that_mixes_up_fingerprints():
             out = super().find(prints)
             return np.where(np.arange(len(out)) % 3 == 0, np.roll(out, 1), out)
     for seed in range(3):
-        assert mistakes(random_run(200 + seed, guesses=lambda store: Mixed(FACTORS))) == []
+        assert mistakes(random_run(200 + seed, guesses=lambda store: Mixed(store, FACTORS))) == []
 
 
 def false_claims(seed: int, wanted: int) -> tuple[int, int]:
@@ -139,7 +145,8 @@ def test_ten_thousand_false_claims(monkeypatch):
 
 # ---- traps
 def claims_of(*factors: Fraction) -> Claims:
-    return Claims(Store(), Dictionary(factors))
+    store = Store()
+    return Claims(store, Dictionary(store, factors))
 
 
 class Nothing:
@@ -198,3 +205,49 @@ def test_a_multiple_is_named_by_its_factor():
 def test_failures_are_told():
     r = run(lambda m, x, y: m.sub(m.exp(x), y), lambda m, x, y: m.sub(m.exp(x), y), (2, 2), guesses=lambda store: Wild(store, random.Random(1), "same"))
     assert r.claims.failures and all(f.reason for f in r.claims.failures)
+
+
+# ---- what only its structure tells apart
+def zeros(m, x, y, more=None):
+    """Four different zeros, each of which takes an unfolding to prove."""
+    a, b = m.mul(m.exp(x), m.exp(y)), m.exp(m.add(x, y))
+    return m.sub(a, b) if more is None else m.sub(m.add(a, more), m.add(b, more))
+
+
+@pytest.mark.parametrize("patience", [claims_module.PATIENCE, 0])
+def test_zeros_that_are_not_proved_to_be_zero_are_told_apart(monkeypatch, patience):
+    """As the gradients of the biases of keys, which are all zero."""
+    monkeypatch.setattr(claims_module, "PATIENCE", patience)
+    r = run(lambda m, x, y: m.scale(zeros(m, x, y), 3), lambda m, x, y: m.scale(zeros(m, x, y, y), 3), (4, 4))
+    assert mistakes(r) == [] and r.proved().all()
+    assert (r.ids[0][-1] == ZERO_ID).all() == (patience > 0)
+    scaled = run(lambda m, x, y: zeros(m, x, y), lambda m, x, y: m.scale(m.scale(zeros(m, x, y, y), 4), 0.25), (4, 4))
+    assert mistakes(scaled) == [] and scaled.proved().all()
+
+
+def marks(store: Store, code: int, *rows: list[int]) -> list[int]:
+    return packed(Structure(store).of_rows(code, np.array(rows))).tolist()
+
+
+def test_marks_by_structure():
+    store = Store()
+    x = store.symbols(6)
+
+    def made(kind, *row, attr=None):
+        code, rows = store.operation(kind, attr, len(row)), np.array([row])
+        return int(store.define(code, rows, store.known(code, rows)[2])[0])
+
+    two = store.constant(Fraction(2))
+    add, mul, sub, exp = (store.operation(k, None, n) for k, n in (("add", 2), ("mul", 2), ("sub", 2), ("exp", 1)))
+    double, total, product = made("mul", two, x), made("add", x, x + 1), made("mul", x, x + 1)
+    one, other = marks(store, add, [x, x + 1], [x + 1, x])
+    assert one == other != marks(store, add, [x, x + 2])[0]
+    assert marks(store, add, [x, x])[0] == marks(store, mul, [x, two])[0]                # multiples and sums are seen through
+    assert marks(store, sub, [total, x + 1])[0] == marks(store, sub, [double, x])[0]
+    assert marks(store, mul, [product, x])[0] != marks(store, mul, [made("mul", x, x), x + 1])[0]      # products of the reference are not
+    store.parallel = True
+    open_ = made("mul", x, made("sub", total, x))
+    assert marks(store, mul, [open_, two])[0] == marks(store, add, [made("mul", x, x + 1), open_])[0]  # those of the other side are
+    assert marks(store, exp, [total])[0] == marks(store, exp, [made("add", x + 1, x)])[0] != marks(store, exp, [double])[0]
+    greatest = store.operation("max", None, 3)
+    assert marks(store, greatest, [x, x + 1, x + 2])[0] == marks(store, greatest, [x + 2, x, x + 1])[0]

@@ -253,19 +253,25 @@ CORPUS = {
 class Aligned(Dictionary):
     """Whatever a call asks for is what an earlier call of as many elements gave, `back` calls ago; factors are wrong."""
 
-    def __init__(self, back: int):
-        super().__init__(FACTORS)
+    def __init__(self, store, back: int):
+        super().__init__(store, FACTORS)
         self.back, self.calls = back, []
 
     def learn(self, prints: np.ndarray, ids: np.ndarray) -> None:
         super().learn(prints, ids)
         self.calls.append(ids)
 
+    def ambiguous(self, prints: np.ndarray) -> np.ndarray:
+        return np.zeros(len(prints), bool)
+
+    def learn_other(self, prints: np.ndarray, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
+        self.calls.append(ids)
+
     def find(self, prints: np.ndarray) -> np.ndarray:
         calls = [ids for ids in self.calls if len(ids) == len(prints)]
         return calls[-1 - self.back % len(calls)] if calls else super().find(prints)
 
-    def scales(self, index: np.ndarray, prints):
+    def scales(self, index: np.ndarray, prints, code: int, rows: np.ndarray):
         for c in self.factors:
             yield c, super().find(prints.of(index))
 
@@ -278,13 +284,13 @@ class Rolled(Dictionary):
         out[1:] = np.roll(out[1:], 1)
         return out
 
-    def scales(self, index: np.ndarray, prints):
+    def scales(self, index: np.ndarray, prints, code: int, rows: np.ndarray):
         for c in self.factors:
             yield c, super().find(prints.of(index))
 
 
-GUESSES = {"honest": lambda store: Dictionary(FACTORS), "rolled": lambda store: Rolled(FACTORS),
-           **{f"aligned {k}": lambda store, k=k: Aligned(k) for k in range(3)}}
+GUESSES = {"honest": lambda store: Dictionary(store, FACTORS), "rolled": lambda store: Rolled(store, FACTORS),
+           **{f"aligned {k}": lambda store, k=k: Aligned(store, k) for k in range(3)}}
 
 
 def mistake(parts: Parts, program: str, guesses: str) -> str:

@@ -24,7 +24,7 @@ class World:
 
     def __init__(self, symbols: int = 40):
         self.store = Store()
-        self.claims = Claims(self.store, Dictionary())
+        self.claims = Claims(self.store, Dictionary(self.store))
         self.x = np.arange(symbols) + self.store.symbols(symbols)
 
     def make(self, kind: str, *operands: int) -> int:
