@@ -19,7 +19,7 @@ import msgspec
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.options import Options
-from trainverify.processes import die_with
+from trainverify.processes import Terminated, die_with
 from trainverify.progress import progress_to
 from trainverify.report import json_
 from trainverify.report.model import Report
@@ -141,6 +141,8 @@ def _child(file: BinaryIO, parent: int, function: Callable[[], bytes]) -> NoRetu
         file.flush()
         sys.stderr.flush()
         code = 0
+    except Terminated:
+        code = 143
     except KeyboardInterrupt:
         code = 130
     finally:

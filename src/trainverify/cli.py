@@ -10,36 +10,90 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trainverify import __version__
 from trainverify.diagnostics import Fault
+from trainverify.processes import Terminated, ended_in_order
 from trainverify.report.formats import FORMATS
 from trainverify.report.text import WIDTH
 from trainverify.report.words import wrap
 
 FOLDER = Path(".trainverify")
-_EXITS = "exit codes: 0 PROVED, 1 REFUTED or the program faulted, 2 usage, 3 UNKNOWN, 4 an error of TrainVerify itself, 130 interrupted"
+_EXITS = """exit codes:
+  0    PROVED
+  1    REFUTED, or the program cannot run
+  2    usage: an option or a path is wrong
+  3    UNKNOWN
+  4    an error of TrainVerify itself
+  130  interrupted
+"""
+_CAPTURE_EXITS = _EXITS.replace("PROVED", "captured").replace("REFUTED, or the", "the").replace("  3    UNKNOWN\n", "")
+_START = """a spec is a Python file that defines reference() and parallel(ref):
+  trainverify verify spec.py            compare the two, and print the report
+  trainverify verify spec.py --dry-run  only see which weights each rank holds
+  trainverify explain REL002            what a code in a report means
+`trainverify COMMAND --help` shows the options of a command
+
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _open_streams()
     args = _parser().parse_args(argv)
     try:
-        code = args.run(args, list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        with ended_in_order():
+            return args.run(args, list(sys.argv[1:] if argv is None else argv))
+    except Terminated:
+        print("trainverify: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("trainverify: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout left (`| head`); the interpreter must not try to flush to it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:                    # the reader left (`| head`)
+        _silence_stdout()
         return 141
+    except _StdoutFails as e:
+        print(f"trainverify: cannot write to stdout: {e}", file=sys.stderr)
+        _silence_stdout()
+        return 2
     except Exception as e:  # noqa: BLE001 - the edge: every exception that comes here is our own bug
         return _internal_error(e, getattr(args, "debug", False))
+
+
+def _open_streams() -> None:
+    """A standard stream that is closed becomes the null device: else the next file that is opened would have its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)     # the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
+class _StdoutFails(Exception):
+    """What was to be printed cannot be written."""
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """Around all that goes to stdout: a full disk is no error of ours."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise _StdoutFails(e.strerror) from e
+
+
+def _silence_stdout() -> None:
+    """The interpreter must not fail again when it flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _internal_error(e: Exception, debug: bool) -> int:
@@ -68,7 +122,10 @@ def _keep(name: str, data: bytes) -> str:
 # ---- arguments
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments, and not again what there is."""
+    """Says what is wrong with the arguments, and not again what there is; lines of an epilog stay as they are."""
+
+    def __init__(self, **given: Any):
+        super().__init__(**given, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         print("\n".join(wrap(f"{self.prog}: ", f"error: {message}", WIDTH, indent=2)), file=sys.stderr)
@@ -76,55 +133,61 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="trainverify", description="Checks that a distributed PyTorch training step equals its single-device model.", epilog=_EXITS)
+    top = _Parser(prog="trainverify", description="Checks that a distributed PyTorch training step equals its single-device model.",
+                  epilog=_START + _EXITS)
     top.add_argument("--version", action="version", version=f"trainverify {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    verify = commands.add_parser("verify", help="check a spec, or the traces of an earlier capture", epilog=_EXITS)
-    verify.add_argument("path", metavar="SPEC.py|DIR", type=_existing, nargs="?", help="without it: the specs of [tool.trainverify] in pyproject.toml")
+    verify = _command(commands, "verify", "check a spec, or the traces of an earlier capture", _EXITS)
+    verify.add_argument("path", metavar="SPEC.py|DIR", type=_existing, nargs="?", help="the spec, or a folder that `trainverify capture` wrote; without it: the specs of [tool.trainverify] in pyproject.toml")
     verify.add_argument("--all-cases", action="store_true", help="every entry of the spec's CASES, with one table")
     _capture_arguments(verify)
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
-    verify.add_argument("--jobs", metavar="N", type=_positive, default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
+    verify.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
     verify.add_argument("--no-repair", action="store_true", help="where outputs differ, do not try what would mend them")
     verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
-    verify.add_argument("--certificate", metavar="FILE", type=Path, help="write the proved obligations, for `trainverify recheck`")
-    verify.add_argument("--counterexample", metavar="FILE.py", type=Path, help="if refuted: minimise the inputs, and write a script of plain PyTorch that shows the difference")
-    verify.add_argument("--dump-unknown", metavar="DIR", type=Path, help="write the obligations that were not proved, to read and as SMT-LIB")
+    verify.add_argument("--certificate", metavar="FILE", type=_new_file, help="write the proved obligations, for `trainverify recheck`")
+    verify.add_argument("--counterexample", metavar="FILE.py", type=_new_file, help="if refuted: minimise the inputs, and write a script of plain PyTorch that shows the difference")
+    verify.add_argument("--dump-unknown", metavar="DIR", type=_new_folder, help="write the obligations that were not proved, to read and as SMT-LIB")
     verify.add_argument("--format", choices=FORMATS, default="text", help="what stdout gets, or FILE with -o (default: text)")
-    verify.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report here in --format; stdout then gets the text")
+    verify.add_argument("-o", "--output", metavar="FILE", type=_new_file, help="write the report here in --format; stdout then gets the text")
     verify.set_defaults(run=_verify)
 
-    capture = commands.add_parser("capture", help="run both sides and keep their traces in a folder")
+    capture = _command(commands, "capture", "run both sides and keep their traces in a folder", _CAPTURE_EXITS)
     capture.add_argument("path", metavar="SPEC.py", type=_spec)
-    capture.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    capture.add_argument("-o", "--output", metavar="DIR", type=_new_folder, required=True, help="folder for the traces, which `trainverify verify DIR` works from")
     _capture_arguments(capture)
     capture.set_defaults(run=_capture)
 
-    recheck = commands.add_parser("recheck", help="prove the obligations of a certificate again, with the kernel alone")
-    recheck.add_argument("path", metavar="FILE", type=Path)
+    recheck = _command(commands, "recheck", "prove the obligations of a certificate again, with the kernel alone",
+                       "exit codes:\n  0    every obligation is proved again\n  1    one is not, or the file is damaged\n  2    usage\n")
+    recheck.add_argument("path", metavar="FILE", type=_file, help="what `trainverify verify --certificate FILE` wrote")
     recheck.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     recheck.set_defaults(run=_recheck)
 
-    ops = commands.add_parser("ops", help="the op table: name, meaning, kind, source, tests")
-    ops.add_argument("--format", choices=("text", "json"), default="text")
+    ops = _command(commands, "ops", "the op table: name, meaning, kind, source, tests")
+    ops.add_argument("--format", choices=("text", "json"), default="text", help="(default: text)")
     ops.set_defaults(run=_ops)
 
-    explain = commands.add_parser("explain", help="the page of a diagnostic code; without a code, the list")
-    explain.add_argument("code", metavar="CODE", nargs="?")
+    explain = _command(commands, "explain", "the page of a diagnostic code; without a code, the list")
+    explain.add_argument("code", metavar="CODE", nargs="?", help="as it stands in a report: REL002")
     explain.set_defaults(run=_explain)
     return top
 
 
+def _command(commands: Any, name: str, what: str, epilog: str = "") -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=epilog)
+
+
 def _capture_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ranks", metavar="N", type=_positive, help="world size (default: RANKS of the spec)")
-    p.add_argument("--case", metavar="K=V,...", type=_case, action="append", default=[], help="arguments of parallel(ref, ...)")
+    p.add_argument("--case", metavar="K=V,...", type=_case, action="append", default=[], help="arguments of parallel(ref, ...); can be given several times")
     p.add_argument("--steps", metavar="K", type=_positive, help="training steps (default: 2)")
-    p.add_argument("--seed", metavar="S", type=int, default=0, help="of symbols and field points (default: 0)")
+    p.add_argument("--seed", metavar="S", type=int, default=0, help="of the values that weights and inputs take (default: 0)")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="wall-clock limit of each side's capture (default: 300)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-    p.add_argument("--debug", action="store_true", help="keep the traces, and print the traceback of an internal error")
+    p.add_argument("--debug", action="store_true", help=f"keep the traces and what each rank printed in {FOLDER / 'traces'}, and print the traceback of an internal error")
 
 
 def _existing(text: str) -> Path:
@@ -143,9 +206,39 @@ def _spec(text: str) -> Path:
     return path
 
 
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: {'is a folder' if path.is_dir() else 'no such file'}")
+    return path
+
+
+def _new_file(text: str) -> Path:
+    """A file to be written after the run: that it cannot be is said before."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    return path
+
+
+def _new_folder(text: str) -> Path:
+    """A folder to be written, which need not exist."""
+    path = Path(text)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: the folder {there} cannot be written")
+    return path
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -155,14 +248,14 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: not a positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
 
 
 def _place(text: str) -> str:
     file, _, line = text.rpartition(":")
     if not file or not line.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: not FILE:LINE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE:LINE")
     return text
 
 
@@ -172,7 +265,7 @@ def _case(text: str) -> dict[str, str | int | float | bool]:
     for part in text.split(","):
         key, eq, value = part.partition("=")
         if not eq or not key.strip().isidentifier():
-            raise argparse.ArgumentTypeError(f"{part or text}: not NAME=VALUE")
+            raise argparse.ArgumentTypeError(f"{part or text!r} is not NAME=VALUE")
         case[key.strip()] = _literal(value.strip())
     return case
 
@@ -204,11 +297,14 @@ def _case_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace, argv: list[str]) -> int:
+    asked = [f"--{name.replace('_', '-')}" for name in ("second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
+    if asked and args.dry_run:
+        return _usage(f"verify: error: {asked[0]} needs a comparison, and --dry-run makes none")
     if args.path is None or args.all_cases:
-        alone = [name for name in ("second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
-        if alone:
-            return _usage(f"verify: error: --{alone[0].replace('_', '-')} is for one case of one spec")
-        return _verify_all(args, argv)
+        return _usage(f"verify: error: {asked[0]} is for one case of one spec") if asked else _verify_all(args, argv)
+    fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
+    if fixed and args.path.is_dir():
+        return _usage(f"verify: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
     options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, second_opinion=args.second_opinion,
                        certificate=args.certificate, dump_unknown=args.dump_unknown, counterexample=args.counterexample)
     entry = "verify_dir" if args.path.is_dir() else "verify_spec"
@@ -272,7 +368,7 @@ def _capture(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        return _usage(f"capture: error: cannot write to the folder {args.output}: {e.strerror}")
+        return _usage(f"capture: error: the folder {args.output} cannot be written: {e.strerror}")
     options = _options(args, _case_given(args))
     report = _run(args, options, "capture_spec", args.path, args.output, options)
     report.mode = "capture"
@@ -310,12 +406,14 @@ def _deliver(result: Any, args: argparse.Namespace, argv: list[str], form: str, 
             output.write_bytes(written.encode())
         except OSError as e:
             print(f"trainverify: cannot write {output}: {e.strerror}", file=sys.stderr)
-            text.show(rendered, sys.stdout)
+            with _printing():
+                text.show(rendered, sys.stdout)
             return 2
-    if form == "text" or output:
-        text.show(rendered, sys.stdout)
-    else:
-        sys.stdout.write(written)
+    with _printing():
+        if form == "text" or output:
+            text.show(rendered, sys.stdout)
+        else:
+            sys.stdout.write(written)
     return result.exit_code
 
 
@@ -327,7 +425,7 @@ def _rerun(argv: list[str]) -> str:
             skip = False
         elif a in ("--format", "-o", "--output") and argv[0] == "verify":
             skip = True
-        elif not a.startswith(("--format=", "--output=")) and a not in ("-q", "--quiet"):
+        elif not (a.startswith(("--format=", "--output=", "-o")) and argv[0] == "verify") and a not in ("-q", "--quiet"):
             kept.append(a)
     return shlex.join(["trainverify", *kept])
 
@@ -348,38 +446,41 @@ def _recheck(args: argparse.Namespace, argv: list[str]) -> int:
         problems = tuple(fault.diagnostics)
     finally:
         progress.close()
-    for d in problems:
-        print("\n".join(diagnostic_lines(d)))
-    if done is None:
-        return 1
-    what = "every one is proved again" if done.accepted else f"{len(done.rejected)} rejected"
-    print(f"{args.path}: {done.obligations} obligations, {what}")
-    for title, said in [("  establishes  ", done.establishes), *(("  assumes      ", a) for a in done.assumptions)]:
-        print("\n".join(wrap(title, said, WIDTH)))
-    return 0 if done.accepted else 1
+    lines = [line for d in problems for line in diagnostic_lines(d)]
+    if done is not None:
+        what = "every one is proved again" if done.accepted else f"{len(done.rejected)} rejected"
+        lines.append(f"{args.path}: {done.obligations} obligations, {what}")
+        lines += wrap("  establishes  ", done.establishes, WIDTH)
+        lines += [line for a in done.assumptions for line in wrap("  assumes      ", a, WIDTH)]
+    with _printing():
+        print("\n".join(lines))
+    return 0 if done is not None and done.accepted else 1
 
 
 def _ops(args: argparse.Namespace, argv: list[str]) -> int:
     from trainverify.optable import op_records, op_text
     records = op_records()
-    if args.format == "json":
-        import msgspec
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(records), indent=2).decode() + "\n")
-    else:
-        sys.stdout.write(op_text(records))
+    with _printing():
+        if args.format == "json":
+            import msgspec
+            sys.stdout.write(msgspec.json.format(msgspec.json.encode(records), indent=2).decode() + "\n")
+        else:
+            sys.stdout.write(op_text(records))
     return 0
 
 
 def _explain(args: argparse.Namespace, argv: list[str]) -> int:
     from trainverify.explain import codes, page
     if args.code is None:
-        for code, title in codes().items():
-            print(f"{code:<9} {title}")
+        with _printing():
+            for code, title in codes().items():
+                print(f"{code:<9} {title}")
         return 0
     found = page(args.code)
     if found is None:
         close = [c for c in codes() if c[:3] == args.code.upper()[:3]]
-        print(f"trainverify: no page for {args.code}" + (f"; there are {', '.join(close)}" if close else "; `trainverify explain` lists the codes"), file=sys.stderr)
+        print(f"trainverify: no page for {args.code!r}" + (f"; there are {', '.join(close)}" if close else "; `trainverify explain` lists the codes"), file=sys.stderr)
         return 2
-    sys.stdout.write(found)
+    with _printing():
+        sys.stdout.write(found)
     return 0

@@ -76,6 +76,7 @@ class Beside:
 def _child(work: Callable, pipe: Connection, parent: int) -> NoReturn:
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     last: dict[tuple, int] = {}
 
     def told() -> Any:

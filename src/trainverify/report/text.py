@@ -113,8 +113,9 @@ def _error_sentence(report: Report) -> str:
     faults = by_severity(report.diagnostics, ("internal", "error"))
     if any(d.severity == "internal" for d in faults):
         return "TrainVerify itself failed; this is our fault and says nothing about the program"
-    cannot = {"SPEC": "the spec cannot be used", "FILE": "the traces cannot be read"}
-    return cannot.get(faults[0].code[:4] if faults else "", "the program cannot run")
+    cannot = {"SPEC": "the spec cannot be used", "FILE": "the traces cannot be read", "FILE006": "a file that was asked for cannot be written"}
+    code = faults[0].code if faults else ""
+    return cannot.get(code, cannot.get(code[:4], "the program cannot run"))
 
 
 def by_severity(diagnostics: Sequence[Diagnostic], severities: Sequence[str]) -> list[Diagnostic]:

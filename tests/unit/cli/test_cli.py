@@ -1,7 +1,10 @@
 """The command line, with an engine that answers as told: arguments, streams, files, exit codes."""
 import io
 import json
+import os
+import signal
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -153,11 +156,42 @@ def test_usage_errors_are_short_and_narrow(engine, capsys):
         assert err.startswith("trainverify") and "--help` shows the arguments\n" in err and max(map(len, err.split("\n"))) <= 80 and err.count("\n") <= 3
 
 
-def test_a_capture_into_a_folder_that_cannot_be_made_is_2(engine, capsys):
+@pytest.mark.parametrize(("argv", "told"), [
+    (["capture", "spec.py", "-o", "file"], "file is no folder"), (["capture", "spec.py", "-o", "file/sub"], "file is no folder"),
+    (["verify", "spec.py", "-o", "gone/report.txt"], "there is no folder gone"), (["verify", "spec.py", "-o", "traces"], "traces: is a folder"),
+    (["verify", "spec.py", "--certificate", "file/c"], "there is no folder file"), (["verify", "spec.py", "--counterexample", "gone/c.py"], "there is no folder gone"),
+    (["verify", "spec.py", "--dump-unknown", "file"], "file is no folder"), (["recheck", "gone"], "gone: no such file"), (["recheck", "traces"], "traces: is a folder")])
+def test_what_cannot_be_written_or_read_is_told_before_anything_runs(engine, capsys, argv, told):
     Path("file").write_text("")
-    for folder in ("file", "file/sub"):
-        assert cli.main(["capture", "spec.py", "-o", folder]) == 2
-        assert "cannot write to the folder file" in capsys.readouterr().err and engine.calls == []
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    err = " ".join(capsys.readouterr().err.replace(str(Path.cwd()) + "/", "").split())
+    assert stop.value.code == 2 and told in err and engine.calls == []
+
+
+@pytest.mark.parametrize(("argv", "told"), [
+    ("verify spec.py --dry-run --certificate c", "--certificate needs a comparison"), ("verify spec.py --dry-run --dump-unknown d", "--dump-unknown needs a comparison"),
+    ("verify --certificate c", "--certificate is for one case"), ("verify spec.py --all-cases --second-opinion z3", "--second-opinion is for one case"),
+    ("verify traces --ranks 4", "--ranks is for a capture"), ("verify traces --case tp=2", "--case is for a capture"), ("verify traces --steps 1", "--steps is for")])
+def test_options_that_would_do_nothing_are_refused(engine, capsys, argv, told):
+    assert cli.main(argv.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and told in " ".join(err.split()) and engine.calls == []
+
+
+def test_options_are_written_out(engine, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "spec.py", "--form", "json"])
+    assert "unrecognized arguments: --form json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "verify", "capture", "recheck", "ops", "explain"])
+def test_help_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.isascii() and max(map(len, out.split("\n"))) <= 80 and ("exit codes:\n  0 " in out) is (command not in ("ops", "explain"))
 
 
 def test_a_fault_that_leaves_the_engine_is_a_report(engine, capsys):
@@ -188,6 +222,21 @@ def test_an_interrupt_is_130_in_one_line(engine, capsys):
     assert capsys.readouterr() == ("", "trainverify: interrupted\n")
 
 
+def test_sigterm_ends_in_order_too(engine, capsys):
+    left = []
+
+    def run(path, options, progress):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            left.append("in order")
+    engine.verify_spec = run
+    assert cli.main(["verify", "spec.py", "-q"]) == 143 and left == ["in order"]
+    assert capsys.readouterr() == ("", "trainverify: terminated\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_verdict(engine, capsys):
     Path(".trainverify").write_text("in the way")
     assert cli.main(["verify", "spec.py", "-q"]) == 0
@@ -195,10 +244,15 @@ def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_verdict(engi
     assert "PROVED" in out and "last.json" not in out and "cannot write .trainverify" in err
 
 
-def test_an_output_that_cannot_be_written_is_a_usage_error_but_shows_the_report(engine, capsys):
-    assert cli.main(["verify", "spec.py", "-q", "-o", "gone/report.txt"]) == 2
+def test_an_output_that_can_no_longer_be_written_is_2_but_shows_the_report(engine, capsys):
+    def run(path, options, progress):
+        Path("out").rmdir()
+        return engine.answer
+    engine.verify_spec = run
+    Path("out").mkdir()
+    assert cli.main(["verify", "spec.py", "-q", "-o", "out/report.txt"]) == 2
     out, err = capsys.readouterr()
-    assert "PROVED" in out and "cannot write gone/report.txt" in err
+    assert "PROVED" in out and "cannot write out/report.txt" in err
 
 
 class Terminal(io.StringIO):
@@ -239,3 +293,12 @@ def test_a_reader_that_leaves_is_no_internal_error(tmp_path):
     shell = f"{sys.executable} -m trainverify explain | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+
+
+@pytest.mark.parametrize(("redirection", "code", "told"), [
+    (">/dev/full", "2", "trainverify: cannot write to stdout: No space left on device\n"), (">&-", "0", ""), ("<&- >&- 2>&-", "0", "")])
+def test_a_stdout_that_is_closed_or_full_is_no_internal_error(tmp_path, redirection, code, told):
+    import subprocess
+    shell = f"({sys.executable} -m trainverify explain {redirection}); echo $?"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == (code, told) and not (tmp_path / ".trainverify").exists()

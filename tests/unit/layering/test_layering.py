@@ -17,7 +17,7 @@ ALONGSIDE = {
     "certify": {"kernel", "diagnostics"},
     "shapes": {"diagnostics", "ir", "ops"},
     "progress": set(), "processes": set(), "explain": set(), "optable": {"ops"},
-    "cli": {*LAYERS, "progress", "explain", "optable", "config", "cases", "certify"},
+    "cli": {*LAYERS, "progress", "processes", "explain", "optable", "config", "cases", "certify"},
     "config": {"diagnostics"}, "cases": {"processes", "verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
     "verify": {"capture", "api", "certify"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel", "processes"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},

@@ -65,6 +65,12 @@ def test_exit_code(name, code):
     assert reports.ALL[name]().exit_code == code
 
 
+@pytest.mark.parametrize(("code", "said"), [("SPEC003", "the spec cannot be used"), ("FILE001", "the traces cannot be read"), ("RUN001", "the program cannot run"),
+                                            ("FILE006", "a file that was asked for cannot be written")])
+def test_an_error_says_what_is_impossible(code, said):
+    assert f"\nERROR: {said}\n" in text.render(Report(verdict="ERROR", diagnostics=[Diagnostic(code, "m")]))
+
+
 def test_the_verdict_stands_on_the_first_screen():
     for make in reports.ALL.values():
         first = text.render(make()).split("\n")[:8]
