@@ -1,5 +1,6 @@
 """Choices that float data makes: by the same values on both sides, or the verdict is withheld with the line."""
 import torch
+import torch.nn.functional as F
 
 from judge import assert_equal, assert_line, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, line_of, summary
 from pairs import compare_forward
@@ -129,6 +130,41 @@ def test_accepted_cast_is_an_assumption():
     report = compare_forward(truncated, shifted, accept=(f"test_decisions.py:{line}",))
     assert_equal(report)
     assert any(f"test_decisions.py:{line}" in place for a in report.assumptions for place in a.places), report.assumptions
+
+
+def test_accepted_decision_that_is_not_proved_to_be_the_same_is_an_assumption(monkeypatch):
+    def again(h):
+        return h * (20 * h / 2).long().float()
+    line = line_of(again, "20 * h")
+    monkeypatch.setattr("trainverify.kernel.claims.LADDER", ())
+    report = compare_forward(truncated, again)
+    assert [d.code for d in report.diagnostics] == ["REL017"]
+    place = f"test_decisions.py:{line}"
+    report = compare_forward(truncated, again, accept=(place,))
+    assert not report.diagnostics
+    assert any(place in p for a in report.assumptions if "accepted" in a.text for p in a.places), report.assumptions
+
+
+# -- the largest of a window
+
+def pooled(h):
+    image = (h @ h.T)[None, None]
+    return h + F.max_pool2d(torch.cat([image, -image]), 2, stride=1, padding=1).sum((0, 1)).mean()
+
+
+def test_the_same_element_is_the_largest_of_a_window():
+    def other_order(h):
+        image = ((2 * h) @ h.T)[None, None] / 2
+        return h + F.max_pool2d(torch.cat([image, -image]), 2, stride=1, padding=1).sum((0, 1)).mean()
+    assert_equal(compare_forward(pooled, other_order))
+
+
+def test_another_element_is_the_largest_of_a_window():
+    def shifted(h):
+        image = (h @ h.T)[None, None]
+        both = torch.cat([image, -image]) * 1.0000001
+        return h + F.max_pool2d(both, 2, stride=1, padding=1).sum((0, 1)).mean()
+    assert_not_equal(compare_forward(pooled, shifted))
 
 
 # -- routing

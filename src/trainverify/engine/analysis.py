@@ -17,7 +17,7 @@ from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Comparison
 from trainverify.relate.coverage import Batch, Coverage, Reads
-from trainverify.relate.decisions import match_decisions
+from trainverify.relate.decisions import idle_accepts, match_decisions
 from trainverify.relate.symbols import Binder, Symbols
 from trainverify.replay.conform import Conformance
 from trainverify.replay.digests import Digests
@@ -140,7 +140,8 @@ def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Sym
     diagnostics += unmatched
     laps.end("compare")
     proof = _proof(first, diagnostics, prove, beside, progress)
-    diagnostics += proof.diagnostics
+    accepted = tuple(dict.fromkeys([*accepted, *proof.accepted]))
+    diagnostics += [*proof.diagnostics, *idle_accepts(accept, accepted)]
     laps.end("prove", _work(proof))
     judgements = judge(first, second, diagnostics, proof)
     return Analysis(table, symbols, first, second, proof, judgements, diagnostics, {side: o.facts for side, o in observers.items()},

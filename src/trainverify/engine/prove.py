@@ -23,7 +23,7 @@ from trainverify.kernel.terms import Obligation
 from trainverify.ops.table import OpTable
 from trainverify.relate.choices import undecided
 from trainverify.relate.compare import Comparison, Key, Lineage
-from trainverify.relate.decisions import names_place, words_of
+from trainverify.relate.decisions import is_accepted, words_of
 from trainverify.relate.guess import Dictionary, likely_factors
 from trainverify.relate.symbols import Binder, Symbols
 from trainverify.replay.machine import Hooks, Machine
@@ -34,13 +34,14 @@ from trainverify.replay.run import World, replay
 class Proof:
     """What was proved: outputs of the reference of which every element that a rank holds is; why not, for the others.
 
-    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); counts: of the work;
-    obligations: the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
+    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); accepted: places of
+    decisions that do not follow and that the user takes as matched (an assumption of the proof); counts: of the work; obligations: the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
     """
 
     proved: frozenset[Key] = frozenset()
     reasons: dict[Key, str] = field(default_factory=dict)
     diagnostics: list[Diagnostic] = field(default_factory=list)
+    accepted: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     obligations: list[Obligation] = field(default_factory=list)
     failures: list[tuple[Obligation, str, str]] = field(default_factory=list)
@@ -85,13 +86,14 @@ def prove_programs(reference: Program, parallel: Program, table: OpTable, symbol
         worlds.append(replay(program, [terms], table, hooks, lambda f, side=side: progress("prove", side, f)))
     comparison = Comparison(symbols, [terms], *worlds, lineages())
     comparison.run()
-    diagnostics = [*vacuity.found, *_undecided(*worlds, terms, accept)]
+    unmatched, accepted = _undecided(*worlds, terms, accept)
+    diagnostics = [*vacuity.found, *unmatched]
     proved = frozenset(key for key in comparison.compared if _is_proved(comparison, key))
     places = Places(terms, reference, parallel)
     reasons = {key: places.reason(comparison, key) for key in comparison.compared if key not in proved}
     counts = {**claims.counts, "identifiers": claims.store.n, "failures": len(claims.failures)}
     failures = [(f.obligation, places.words(f.origin, f.parallel), f.reason) for f in claims.failures if f.obligation is not None]
-    return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, counts, [p.obligation for p in claims.proofs.values()], failures)
+    return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, accepted, counts, [p.obligation for p in claims.proofs.values()], failures)
 
 
 def _is_proved(comparison: Comparison, key: Key) -> bool:
@@ -100,18 +102,21 @@ def _is_proved(comparison: Comparison, key: Key) -> bool:
     return bool(c.pieces) and not c.missing and not c.problems and all(bool(p.equal["terms"].all()) for p in c.pieces)
 
 
-def _undecided(reference: World, parallel: World, terms: Terms, accept: tuple[str, ...]) -> list[Diagnostic]:
-    """A diagnostic for each place of decisions that do not follow from the reference's and are not accepted."""
+def _undecided(reference: World, parallel: World, terms: Terms, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:
+    """A diagnostic for each place of decisions that do not follow from the reference's, and the places of those that are accepted."""
     machines = {m.rank: m for m in parallel.machines}
     places: dict[tuple[str, str], tuple[set[int], object]] = {}
+    accepted: dict[str, None] = {}
     for rank, d in undecided(reference, parallel, terms):
         span = machines[rank].span(d.call)
         place = f"{span.file}:{span.line}" if span else ""
-        if not any(place and names_place(a, place) for a in accept):
+        if is_accepted(place, accept):
+            accepted[place] = None
+        else:
             places.setdefault((d.kind, place), (set(), span))[0].add(rank)
     return [Diagnostic("REL017", f"a {words_of(kind)} is not proved to follow from the reference's decisions", "warning", span, tuple(sorted(ranks)),
                        fix=f"make both sides decide by the same values, or accept it: --accept {place}")
-            for (kind, place), (ranks, span) in places.items()]
+            for (kind, place), (ranks, span) in places.items()], tuple(accepted)
 
 
 class Places:

@@ -67,10 +67,16 @@ def _max_pool(dims: int):
         at = _everywhere(torch.where(index > 0, index, inside), images, _dims(x, dims))   # padding repeats an element: it decides nothing
         taken = m.take([x], at)
         if not m.is_const(taken):
-            ctx.decide("argmax", [taken], ctx.native[1])
+            ctx.decide("argmax", [taken], _taps(at, ctx.native[1], images, _dims(x, dims)))
         return [m.reshape(m.amax(taken, [2]), tuple(native.shape)), None]
 
     return meaning
+
+
+def _taps(at: torch.Tensor, positions: torch.Tensor, images: int, pixels: int) -> torch.Tensor:
+    """[images, windows]: which element of its window each position of an image is (the first, where padding repeats one)."""
+    where = positions.reshape(images, -1, 1) + torch.arange(images)[:, None, None] * pixels + 1
+    return (at == where).to(torch.uint8).argmax(-1)
 
 
 def _max_pool_backward(dims: int):

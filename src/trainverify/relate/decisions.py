@@ -20,8 +20,7 @@ ORDERED = ("sort",)
 
 def match_decisions(reference: World, parallel: World, field, real, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:
     """A diagnostic for each parallel decision some of whose operands are no reference decision's (by fingerprint: a guess, so
-    that equality here never proves anything, and a mismatch only withholds a verdict), and for each place in `accept` (FILE:LINE)
-    that accepts none; and the places of those that were accepted."""
+    that equality here never proves anything, and a mismatch only withholds a verdict); and the places (FILE:LINE) of those that `accept` accepts."""
     known: dict[str, set[int]] = {}
     taken: dict[tuple[str, bytes], bytes] = {}
     for machine in reference.machines:
@@ -31,7 +30,6 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
                 taken.setdefault((d.kind, key), outcome)
     out: dict[tuple, Diagnostic] = {}
     accepted: dict[str, None] = {}
-    used: set[str] = set()
     for machine in parallel.machines:
         for d in machine.decisions:
             span = machine.span(d.call)
@@ -43,8 +41,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             if not strange:
                 _note_tie(out, machine, d, [gap for key, outcome, gap in _choices(field, d) if taken.get((d.kind, key), outcome) != outcome])
                 continue
-            if by := [a for a in accept if place and names_place(a, place)]:
-                used.update(by)
+            if is_accepted(place, accept):
                 accepted[place] = None
                 continue
             key = (d.kind, place)
@@ -55,9 +52,14 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
                 f"({len(strange)} of {len(prints)} operands)", "error", old.span if old else span, ranks,
                 (f"{d.call.name}; the reference decides by {len(known.get(d.kind, ()))} values of this kind",),
                 f"make both sides decide by the same values, or accept it: --accept {place}")
-    idle = [Diagnostic("ACC001", f"--accept {a} accepts nothing: no unmatched decision is made there", "warning",
-                       fix="leave it out, or name the line that a REL008 of this run names") for a in accept if a not in used]
-    return [*out.values(), *idle], tuple(accepted)
+    return list(out.values()), tuple(accepted)
+
+
+def idle_accepts(accept: tuple[str, ...], accepted: tuple[str, ...]) -> list[Diagnostic]:
+    """A diagnostic for each of the user's places at which nothing had to be accepted."""
+    return [Diagnostic("ACC001", f"--accept {a} accepts nothing: no unmatched decision is made there", "warning",
+                       fix="leave it out, or name the line that a REL008 or REL017 of this run names")
+            for a in accept if not any(names_place(a, place) for place in accepted)]
 
 
 def _note_tie(out: dict[tuple, Diagnostic], machine: Machine, d: Decision, gaps: list[str]) -> None:
@@ -105,6 +107,10 @@ def is_idle(machine: Machine, d: Decision) -> bool:
         return False
     positions = {t.storage for t in tensors(d.call.outs) if not is_float(t.dtype)}
     return all(t.storage not in positions for call in machine.trace.ops for t in inputs(call))
+
+
+def is_accepted(place: str, accept: tuple[str, ...]) -> bool:
+    return bool(place) and any(names_place(a, place) for a in accept)
 
 
 def names_place(given: str, place: str) -> bool:
