@@ -7,7 +7,7 @@ PYTEST := $(VENV)/bin/python -m pytest
 # The ranks of a program under verification and the test process share few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup verify test test-all test-bugs bench clean
+.PHONY: setup verify test test-all test-bugs bench bench-bugs clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test-bugs: setup
 
 bench: setup
 	$(VENV)/bin/python bench/run.py
+
+# What the reports on the bug corpus get right, by class, and false alarms on correct programs (an hour or two).
+bench-bugs: setup
+	$(VENV)/bin/python bench/bugs.py
 
 clean:
 	rm -rf $(VENV) .trainverify build dist src/*.egg-info

@@ -66,21 +66,22 @@ class Maker:
             yield from self._multiple(cause, factor)
         elif relation.kind == "partial sum":
             yield from self._partial(cause)
-        else:
-            yield from self._origin_partial(cause)
-        yield from self._regrouped(cause)
-        if relation.kind in ("reweighted", "other", "additive term", "multiple"):
-            yield from self._reduced_numbers(cause)
+        if cause.brought:
+            yield from self._regrouped(cause.brought)
+            yield from self._reduced_numbers(cause.brought)
+        yield from self._origin_partial(cause)
         if relation.kind in ("other", "permutation", "stale", "other tensor", "additive term"):
             yield from self._positions(cause)
             yield from self._messages(cause)
+        starts = [n for n in (relation.at, *cause.nodes) if n is not None]
+        starts += [h.node for held in self._held([k[:2] for k in cause.keys[:2]], self.d.step) for h in held.values()] if not starts else []
+        yield from self._regrouped(starts)
 
     # ---- sums
     def _partial(self, cause: Cause) -> Iterator[Candidate]:
         for (group, factor), names in self._outputs(cause, lambda r: r.kind == "partial sum" and (r.ranks, r.factor)):
             if group:
                 yield self._reduce_outputs(names, self.places.family(group), factor)
-        yield from self._origin_partial(cause)
 
     def _origin_partial(self, cause: Cause) -> Iterator[Candidate]:
         """The origin's own result is a share: reduce it there."""
@@ -122,11 +123,22 @@ class Maker:
                     edit.after[self.places.settled(occurrence[r])].append(all_reduce(ref, group, "sum", self._meetings, self.flow.call(occurrence[r]).span))
         return Candidate(f"insert all_reduce(SUM) over {self.places.over(family)} after {self._line(occurrences)}", edit)
 
-    def _reduced_numbers(self, cause: Cause) -> Iterator[Candidate]:
-        """A count that each rank makes of its own share, and that meets right values: its sum over some group."""
-        for node in self._lines_above(cause, self._is_count):
-            for family in self.places.families():
-                yield self._reduce_results(self.places.occurrences([node], False), family)
+    def _reduced_numbers(self, nodes: Iterable[Node]) -> Iterator[Candidate]:
+        """A count that each rank makes of its own share, and that meets right values: its sum over some group; or its mean, as a sum with
+        what is divided by it times the number of ranks (gradients are averaged later)."""
+        for node in self._lines_above(nodes, self._is_count):
+            occurrences, families = self.places.occurrences([node], False), self.places.families()
+            for family in families:
+                yield self._reduce_results(occurrences, family)
+            for family in reversed(families):
+                yield self._averaged(occurrences, family)
+
+    def _averaged(self, counts: list[Occurrence], family: Family) -> Candidate:
+        (n, *others) = {len(g) for g in family.values()}
+        divided = [{r: reader for r, node in o.items() if (reader := self.flow.first_reader(node)) is not None} for o in counts]
+        whole, scaling = self._reduce_results(counts, family), self._scale_results(divided, Fraction(n))
+        both = None if others or scaling.edit.empty else whole.edit.joined(scaling.edit)
+        return Candidate(f"{whole.text} and {scaling.text}", both or Edit())
 
     def _is_count(self, call: OpCall) -> bool:
         base = call.name.split(".")[1]
@@ -137,20 +149,18 @@ class Maker:
         found = self._outputs(cause, lambda r: r.kind == "multiple" and bool(r.factor) and (r.factor,))
         if cause.late:
             yield from (self._scale_outputs(names, 1 / f) for (f,), names in found)
-        nodes = [n for n in cause.nodes if self._reduces(n)]
+        nodes = [n for n in cause.nodes if _reducing(self.flow.call(n))]
         again = all(self.watch.status.get(p, GOOD) == GOOD for n in nodes for p in self.flow.producers(n))
         for exact in (False, True) if nodes else ():
             if again:
                 yield self._removed(nodes, exact, factor)
             yield from self._other_op(nodes, exact, factor)
+        for node in list(self._lines_above(cause.nodes, lambda call: _reducing(call) and len(call.collective.group) == factor))[:1] if not nodes else ():
+            yield self._removed([node], False, factor)
         for exact in (False, True):
             yield self._scale_results(self.places.occurrences(cause.nodes, exact), 1 / factor)
         if not cause.late:
             yield from (self._scale_outputs(names, 1 / f) for (f,), names in found)
-
-    def _reduces(self, node: Node) -> bool:
-        c = self.flow.call(node).collective
-        return c is not None and c.kind in REDUCES and c.reduce_op in ("sum", "avg")
 
     def _other_op(self, nodes: list[Node], exact: bool, factor: Fraction) -> Iterator[Candidate]:
         for was, now in (("sum", "avg"), ("avg", "sum")):
@@ -186,19 +196,12 @@ class Maker:
         return Candidate(f"scale by {factor}{self._before(first)}: {self._of(names).removeprefix('of ')}", edit)
 
     # ---- groups
-    def _regrouped(self, cause: Cause) -> Iterator[Candidate]:
-        """The nearest reductions and gathers above the origin (and of wrong gradients, their last), over another division of the ranks."""
-        starts = [n for n in (cause.relation.at, *cause.nodes) if n is not None]
-        starts += [h.node for held in self._held([k[:2] for k in cause.keys[:2]], self.d.step) for h in held.values()] if not starts else []
-        seen: set = set()
-        for node in self.places.above(starts):
-            c = self.flow.call(node).collective
-            line = self.places.line(node)
-            if c is None or line is None or line in seen or c.kind not in ("all_reduce", *SAME_SIZE) or line[3] == "setup":
-                continue
-            seen.add(line)
-            for family in self.places.families():
-                for exact in (False, True):
+    def _regrouped(self, starts: Iterable[Node]) -> Iterator[Candidate]:
+        """The nearest collectives above some calls, over another division of the ranks."""
+        nodes = list(self._lines_above(starts, lambda call: call.collective is not None and call.collective.kind in ("all_reduce", *SAME_SIZE)))
+        for node in nodes:
+            for exact in (True, False):
+                for family in self.places.families():
                     yield self._over(self.places.occurrences([node], exact), family, node)
 
     def _over(self, occurrences: list[Occurrence], family: Family, node: Node) -> Candidate:
@@ -221,7 +224,7 @@ class Maker:
     # ---- positions and messages
     def _positions(self, cause: Cause) -> Iterator[Candidate]:
         """Positions that begin at 0 on every rank, where each has its own part of a sequence."""
-        for node in self._lines_above(cause, lambda call: call.name.startswith("aten.arange.") and result(call) is not None):
+        for node in self._lines_above(cause.nodes, lambda call: call.name == "aten.arange.default" and result(call) is not None):
             for family in self.places.families():
                 edit = Edit()
                 occurrences = self.places.occurrences([node], False)
@@ -235,7 +238,7 @@ class Maker:
 
     def _messages(self, cause: Cause) -> Iterator[Candidate]:
         """Sends and receives of a line the other way round: each rank sends to where it received from."""
-        for node in self._lines_above(cause, lambda call: call.collective is not None and call.collective.peer is not None):
+        for node in self._lines_above(cause.nodes, lambda call: call.collective is not None and call.collective.peer is not None):
             line = self.places.line(node)
             ways: dict[int, list[tuple[Node, str, int]]] = defaultdict(list)
             for rank, ops in self.flow.calls.items():
@@ -283,12 +286,12 @@ class Maker:
             if held:
                 yield held
 
-    def _lines_above(self, cause: Cause, wanted: Callable[[OpCall], bool]) -> Iterator[Node]:
-        """The first call of each line above the cause that is wanted, nearest first."""
+    def _lines_above(self, starts: Iterable[Node], wanted: Callable[[OpCall], bool]) -> Iterator[Node]:
+        """The first call of each line above some calls that is wanted, nearest first."""
         seen: set = set()
-        for node in self.places.above(cause.nodes):
+        for node in self.places.above(starts):
             line = self.places.line(node)
-            if line is not None and line not in seen and wanted(self.flow.call(node)):
+            if line is not None and line not in seen and line[3] != "setup" and wanted(self.flow.call(node)):
                 seen.add(line)
                 yield node
 
@@ -313,7 +316,7 @@ class Maker:
         for node in (n for o in occurrences for n in o.values()):
             span = self.flow.span(node)
             if span is not None:
-                lines.setdefault(f"{span}" + (" (backward)" if span.phase == "backward" else ""))
+                lines.setdefault(f"{span}" + self.places.called(node) + (" (backward)" if span.phase == "backward" else ""))
         told = list(lines)[:2]
         return " and ".join(told) + (f" and {len(lines) - 2} other lines" if len(lines) > 2 else "")
 
@@ -322,6 +325,11 @@ class Maker:
 
 
 _NAMES = {"sum": "SUM", "avg": "AVG"}
+
+
+def _reducing(call: OpCall) -> bool:
+    c = call.collective
+    return c is not None and c.kind in REDUCES and c.reduce_op in ("sum", "avg")
 
 
 def _signature(edit: Edit) -> tuple:

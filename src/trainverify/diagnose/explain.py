@@ -27,13 +27,14 @@ MOST_FINDINGS, MOST_SEARCHED, MOST_RELATED = 3, 48, 12
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What a finding rests on, for whoever wants to mend it: the relation, the calls where the difference arises, the calls after which
-    something is missing, and the outputs that the relation was found on (all of the first wrong step)."""
+    """What a finding rests on, for whoever wants to mend it: the relation, the outputs that it was found on, the calls where the
+    difference arises, the calls after which something is missing, and those that bring in constants which the reference lacks."""
 
     relation: Relation
+    keys: tuple = ()
     nodes: tuple[Node, ...] = ()
     late: tuple[Node, ...] = ()
-    keys: tuple = ()
+    brought: tuple[Node, ...] = ()
 
 
 @dataclass(slots=True)
@@ -90,7 +91,7 @@ class Diagnosis:
         early = [d for d in self.diagnostics if d.code == "REL007"]
         if early:                             # what was read before a wait is arbitrary: the cause of all
             self.sources = [{(r, c.index) for d in early for r in d.ranks for c in self.flow.calls[r] if self._is_at((r, c.index), d)}]
-            self._add(Finding(early[0], witnesses=witnesses(self.first), diagnosis="uninitialised"), OTHER, list(self.by_key))
+            self._add(Finding(early[0], witnesses=witnesses(self.first), diagnosis="uninitialised"), Cause(OTHER, tuple(self.by_key)))
         else:
             self._search()
         found = decisions.places(self.watched.parallel, self.diagnostics)
@@ -103,10 +104,10 @@ class Diagnosis:
         findings = [msgspec.structs.replace(f, explains=n) for f, n in zip(self.findings, counts)]
         return Explanation(findings, self.explained, decisions.told(self.diagnostics, consequences), tuple(self.causes), self)
 
-    def _add(self, finding: Finding, relation: Relation, keys: list, nodes=(), late=()) -> None:
+    def _add(self, finding: Finding, cause: Cause) -> None:
         self.findings.append(finding)
-        self.causes.append(Cause(relation, tuple(sorted(nodes, key=lambda n: n[::-1])), tuple(late), tuple(keys)))
-        self.explained.update(dict.fromkeys(keys, len(self.findings) - 1))
+        self.causes.append(cause)
+        self.explained.update(dict.fromkeys(cause.keys, len(self.findings) - 1))
 
     def _is_at(self, node: Node, d: Diagnostic) -> bool:
         span = self.flow.span(node)
@@ -164,11 +165,13 @@ class Diagnosis:
                 continue
             self.sources.append(set(origin.nodes))
             late = self._late(origin, relation, fresh)
-            self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late), relation, fresh, origin.nodes, late)
+            nodes = tuple(sorted(origin.nodes, key=lambda n: n[::-1]))
+            self._add(self.writer.at_origin(origin, relation, [self.by_key[k] for k in fresh], late),
+                      Cause(relation, tuple(fresh), nodes, tuple(late), tuple(self.writer.constants(origin, relation))))
         if not self.findings:
             keys = [j.key for j in self.first]
             relation = self._relation(keys) if self.sure else unsure(self.first)
-            self._add(self.writer.bare(relation, self.first), relation, keys)
+            self._add(self.writer.bare(relation, self.first), Cause(relation, tuple(keys)))
 
     def _late(self, origin: Origin, relation: Relation, keys: list) -> list[Node]:
         """If gradients that are right come from the same calls (every backward is scaled, and a division makes up for it later), what is

@@ -51,7 +51,7 @@ class Writer:
         elif sure and relation.kind == "other":
             relation = self._at(origin) or OTHER
         node = origin.node
-        brought = self._constants(origin, relation) if relation.kind in ("other", "reweighted", "multiple") else []
+        brought = self.constants(origin, relation) if relation.kind in ("other", "reweighted", "multiple") else []
         message = self._message(relation, judgements)
         if brought:
             message = FIRST_CONSTANT if relation is OTHER else message
@@ -110,7 +110,7 @@ class Writer:
         group = self.search.share(field, origin.node, list(self.names.groups))
         return partial(self.names, Fraction(1), group) if group is not None else None
 
-    def _constants(self, origin: Origin, relation: Relation) -> list[Node]:
+    def constants(self, origin: Origin, relation: Relation) -> list[Node]:
         """Where a constant that the reference lacks comes from: the one by which shares are weighed wrongly, or one that the operations
         of this origin combine with right values."""
         if relation.kind == "reweighted":

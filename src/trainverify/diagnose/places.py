@@ -30,7 +30,7 @@ class Places:
         span = self.flow.span((rank, call.index))
         if span is None or not span.file or call.name.startswith("tv."):
             return
-        line = (call.name, span.file, span.line, span.phase)
+        line = (call.name, span.file, span.line, span.phase, tuple((file, at) for file, at, _ in span.stack))
         here = self._at[line][rank]
         time = sum(1 for step, _ in here if step == span.step) if span.step else len(here)
         here[(span.step, time)] = call.index
@@ -50,9 +50,16 @@ class Places:
         return list(out.values())
 
     def line(self, node: Node) -> tuple | None:
-        """What calls of one line share; None: the call has no line."""
+        """What calls of one line share: op, file, line, phase, and from where that was called. None: the call has no line."""
         key = self._key.get(node)
         return key[0] if key is not None else None
+
+    def called(self, node: Node) -> str:
+        """" called at FILE:LINE" for a line of a helper: one that other lines or another file calls."""
+        line = self.line(node)
+        if line is None or not line[4] or line[4][0][0] == line[1] and sum(other[:4] == line[:4] for other in self._at) < 2:
+            return ""
+        return f" called at {line[4][0][0]}:{line[4][0][1]}"
 
     def settled(self, node: Node) -> Node:
         """The call after which a call's result stands: for asynchronous communication its wait."""

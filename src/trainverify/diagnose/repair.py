@@ -25,7 +25,7 @@ from trainverify.replay.machine import Hooks
 from trainverify.replay.run import replay
 from trainverify.report.model import Finding, Repair
 
-CANNOT_RUN = (ReplayError, RuntimeError, ValueError, Fault)   # what an edit that does not fit the program makes of a replay
+CANNOT_RUN = (ReplayError, RuntimeError, ValueError, IndexError, Fault)   # what an edit that does not fit the program makes of a replay
 MOST_TRIALS = 12                              # field replays in one run, over all findings
 
 
@@ -71,8 +71,8 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
     edit, chosen, right = Edit(), {}, set()
     for i, cause in enumerate(job.told.causes):
         early = {k for k in concerned[i] if k[2] == step}
-        if not early or early <= right:
-            continue                          # an earlier repair mends it too
+        if not early or early <= right or job.told.findings[i].diagnosis == "decision":
+            continue                          # an earlier repair mends it too, or other numbers are compared than should be
         for candidate in maker.candidates(cause):
             both = edit.joined(candidate.edit)
             if both is None or job.trials == MOST_TRIALS:

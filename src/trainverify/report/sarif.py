@@ -81,7 +81,9 @@ def _result(report: Report, d: Diagnostic, lines: Sequence[str], root: str, find
     if d.span and d.span.stack:
         out["stacks"] = [{"message": _message("called from"), "frames": [{"location": f} for f in _frames(d.span, root)]}]
     out["partialFingerprints"] = {"trainverify/v1": _fingerprint(report, d, place)}
-    known = {"explains": finding.explains, "diagnosis": finding.diagnosis} if finding is not None else {}
+    known: dict[str, Any] = {"explains": finding.explains, "diagnosis": finding.diagnosis} if finding is not None else {}
+    if finding is not None and finding.repair is not None:
+        known["repair"] = ascii_text(str(finding.repair))
     out["properties"] = {"run": ascii_text(short_path(report.label)), "ranks": list(d.ranks), **known}
     return out
 

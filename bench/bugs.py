@@ -1,0 +1,120 @@
+"""How much of the bug corpus is found and explained: every spec of tests/bugs, broken and fixed, and correct programs made at random.
+
+    python bench/bugs.py [ID ...] [--generated N] [--json FILE]
+
+A table by class of bugs: found (REFUTED, or UNKNOWN where the spec expects that), the named line right, the class of the diagnosis right, a
+repair that is verified (of those that the spec's BUG calls repairable or that got one), seconds of the broken program's run; then false alarms.
+One process has torch loaded and forks the runs.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "bugs"
+sys.path.insert(0, str(TESTS))
+
+from test_bugs import BUGS, Bug, faults, named_lines, not_equal  # noqa: E402
+
+from trainverify.cases import Run, run_all  # noqa: E402
+from trainverify.engine.options import Options  # noqa: E402
+from trainverify.report.model import Report  # noqa: E402
+
+REPAIRABLE = {"multiple", "partial sum"}      # classes of what one reduction or factor mends; of the others, those that got a repair count too
+CLASSES = {"A": "reduction missing", "B": "scaled wrongly", "C": "tokens counted wrongly", "D": "optimizer and clipping", "E": "tensor parallelism",
+           "F": "slices, groups, peers", "G": "order and buffers", "X": "negative controls"}
+GENERATED = "import sys; sys.path.insert(0, {folder!r})\nfrom generated import program\nreference, parallel, RANKS, _ = program({seed})\n"
+
+
+def one(path: Path, case: dict, repair: bool) -> tuple[Report, float]:
+    started = time.perf_counter()
+    (report,) = run_all([Run(path, Options(case=case, repair=repair))], True, lambda text: "")
+    return report, time.perf_counter() - started
+
+
+def broken(bug: Bug) -> dict:
+    """What the report of the broken program gets right."""
+    report, seconds = one(bug.path, {}, True)
+    named = named_lines(report)
+    diagnosed = {f.diagnosis for f in report.findings} - {""}
+    reasons = [o.reason for o in report.outputs] + [f"{d.code} {d.message}" for d in (*report.diagnostics, *(f.diagnostic for f in report.findings))]
+    repairs = [f.repair for f in report.findings if f.repair is not None]
+    return {"verdict": report.verdict, "seconds": round(seconds, 1),
+            "found": report.verdict == "REFUTED" or bool(bug.unknown) and report.verdict == "UNKNOWN" and any(bug.unknown in r for r in reasons),
+            "line": any(text in line for text in (bug.line, *bug.also) for line in named), "diagnosis": bug.diagnosis in diagnosed,
+            "repairable": bug.diagnosis in REPAIRABLE or bool(repairs), "repaired": any(r.verified for r in repairs), "repair": "; ".join(map(str, repairs))}
+
+
+def fixed(bug: Bug) -> dict:
+    """Whether a correct program alarms, and whether it is proved."""
+    report, seconds = one(bug.path, {} if bug.control else {"fixed": True}, False)
+    return {"verdict": report.verdict, "alarm": alarms(report), "seconds": round(seconds, 1)}
+
+
+def generated(seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        spec = Path(folder) / f"generated_{seed}.py"
+        spec.write_text(GENERATED.format(folder=str(TESTS), seed=seed))
+        report, seconds = one(spec, {}, False)
+    return {"verdict": report.verdict, "alarm": alarms(report), "seconds": round(seconds, 1)}
+
+
+def alarms(report: Report) -> bool:
+    return report.verdict in ("REFUTED", "ERROR") or bool(faults(report)) or bool(not_equal(report))
+
+
+def table(rows: Sequence[dict]) -> str:
+    """By class; each column as "right/of"."""
+    head = f"{'class':<26} {'bugs':>5} {'found':>7} {'line':>7} {'class':>7} {'repair':>7} {'proved':>7} {'alarms':>7} {'seconds':>8}"
+    lines = [head, "-" * len(head)]
+    groups = {letter: [r for r in rows if r["id"][0] == letter] for letter in CLASSES}
+    for name, its in [*((f"{letter}  {CLASSES[letter]}", its) for letter, its in groups.items() if its), ("all", list(rows))]:
+        bugs = [r["broken"] for r in its if r["broken"]]
+        repairable = [b for b in bugs if b["repairable"]]
+        cells = [f"{sum(b[what] for b in bugs)}/{len(bugs)}" for what in ("found", "line", "diagnosis")]
+        cells.append(f"{sum(b['repaired'] for b in repairable)}/{len(repairable)}")
+        cells.append(f"{sum(r['fixed']['verdict'] == 'PROVED' for r in its)}/{len(its)}")
+        cells.append(str(sum(r["fixed"]["alarm"] for r in its)))
+        lines.append(f"{name:<26} {len(bugs):>5} " + " ".join(f"{c:>7}" for c in cells) + f" {sum(b['seconds'] for b in bugs):>8.0f}")
+    return "\n".join(lines)
+
+
+def misses(rows: Sequence[dict]) -> list[str]:
+    """What each bug's report does not get right."""
+    out = []
+    for r in rows:
+        b = r["broken"]
+        wrong = [what for what in ("found", "line", "diagnosis") if b and not b[what]] + (["repair"] if b and b["repairable"] and not b["repaired"] else [])
+        wrong += ["ALARM ON THE CORRECT PROGRAM"] if r["fixed"]["alarm"] else []
+        if wrong:
+            out.append(f"  {r['id']}: {', '.join(wrong)}")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ids", nargs="*", metavar="ID", help="bugs, as in tests/bugs (default: all)")
+    parser.add_argument("--generated", type=int, default=200, metavar="N", help="correct programs made at random (default: 200)")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    chosen = [b for b in BUGS if not args.ids or b.id.upper() in {i.upper() for i in args.ids}]
+    rows = []
+    for i, bug in enumerate(chosen, 1):
+        print(f"{i} of {len(chosen)}: {bug.path.stem}", file=sys.stderr, flush=True)
+        rows.append({"id": bug.id.upper(), "broken": None if bug.control else broken(bug), "fixed": fixed(bug)})
+    made = [generated(seed) for seed in range(args.generated)]
+    print("\n".join([table(rows), "", "missed:", *(misses(rows) or ["  nothing"])]))
+    print("\nrepairs:\n" + "\n".join(f"  {r['id']}: {r['broken']['repair']}" for r in rows if r["broken"] and r["broken"]["repair"]))
+    if made:
+        print(f"\n{sum(m['alarm'] for m in made)} of {len(made)} generated correct programs alarm; {sum(m['verdict'] == 'PROVED' for m in made)} are proved")
+    if args.json:
+        args.json.write_text(json.dumps({"bugs": rows, "generated": made}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
