@@ -311,7 +311,8 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     report = _run(args, options, entry, args.path, options)
     if args.dry_run:
         report.mode = "dry-run"
-    return _deliver(report, args, argv, args.format, args.output)
+    kept = str(FOLDER / "traces") if args.debug and not args.path.is_dir() and report.verdict != "ERROR" else ""
+    return _deliver(report, args, argv, args.format, args.output, kept)
 
 
 def _verify_all(args: argparse.Namespace, argv: list[str]) -> int:

@@ -39,7 +39,7 @@ def _header(suite: Suite, width: int) -> list[str]:
     specs = list(dict.fromkeys(short_path(r.spec) for r in suite.reports))
     parts = [f"{k} {v}" for k, v in suite.versions.items() if k in ("trainverify", "torch")]
     parts += [specs[0] if len(specs) == 1 else count_of(len(specs), "spec"), count_of(len(suite.reports), "run")]
-    for noun, values in (("step", {r.steps for r in suite.reports}), ("seed", {r.seed for r in suite.reports})):
+    for noun, values in (("step", {r.steps for r in suite.reports if r.steps}), ("seed", {r.seed for r in suite.reports})):
         if len(values) == 1:
             (value,) = values
             parts.append(count_of(value, noun) if noun == "step" else f"{noun} {value}")

@@ -216,6 +216,11 @@ def test_debug_prints_the_traceback(engine, capsys):
     assert engine.calls[0][2].keep
 
 
+def test_debug_says_where_the_traces_are(engine, capsys):
+    cli.main(["verify", "spec.py", "--debug"])
+    assert "\ntraces: .trainverify/traces (to verify them: trainverify verify .trainverify/traces)\n" in capsys.readouterr().out
+
+
 def test_an_interrupt_is_130_in_one_line(engine, capsys):
     engine.answer = KeyboardInterrupt()
     assert cli.main(["verify", "spec.py", "-q"]) == 130

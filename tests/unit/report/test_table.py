@@ -59,5 +59,9 @@ def test_what_is_not_proved_is_shown_in_full(name):
     assert f"---- spec.py[tp=1] {'-' * 61}\n\ntrainverify 0.1.0" in table.render(suite(name))
 
 
+def test_steps_that_were_not_begun_are_not_counted():
+    assert "steps" not in table.render(suite("cannot_run", steps=0)).split("\n")[0] and "| 2 steps |" in table.render(suite("cannot_run", "proved"))
+
+
 def test_nothing_was_run():
     assert "\nUNKNOWN: nothing was run\n" in table.render(Suite())
