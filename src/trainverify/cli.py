@@ -31,6 +31,7 @@ _EXITS = """exit codes:
   130  interrupted
 """
 _CAPTURE_EXITS = _EXITS.replace("PROVED", "captured").replace("REFUTED, or the", "the").replace("  3    UNKNOWN\n", "")
+_LINEAGE_EXITS = _CAPTURE_EXITS.replace("captured", "listed")
 _START = """a spec is a Python file that defines reference() and parallel(ref):
   trainverify verify spec.py            compare the two, and print the report
   trainverify verify spec.py --dry-run  only see which weights each rank holds
@@ -159,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_argument("-o", "--output", metavar="DIR", type=_new_folder, required=True, help="folder for the traces, which `trainverify verify DIR` works from")
     _capture_arguments(capture)
     capture.set_defaults(run=_capture)
+
+    lineage = _command(commands, "lineage", "what every float result of every rank holds of the reference; proves nothing", _LINEAGE_EXITS)
+    lineage.add_argument("path", metavar="SPEC.py|DIR", type=_existing, help="the spec, or a folder that `trainverify capture` wrote")
+    lineage.add_argument("--rank", metavar="R", type=int, action="append", default=[], help="only this rank (may be repeated)")
+    lineage.add_argument("--op", metavar="PATTERN", default="", help="only operations whose name contains this, or that it fits: mm, \"aten.*_backward*\"")
+    lineage.add_argument("--format", choices=("text", "json"), default="text", help="(default: text)")
+    _capture_arguments(lineage)
+    lineage.set_defaults(run=_lineage)
 
     recheck = _command(commands, "recheck", "prove the obligations of a certificate again, with the kernel alone",
                        "exit codes:\n  0    every obligation is proved again\n  1    one is not, or the file is damaged\n  2    usage\n")
@@ -374,6 +383,22 @@ def _capture(args: argparse.Namespace, argv: list[str]) -> int:
     report = _run(args, options, "capture_spec", args.path, args.output, options)
     report.mode = "capture"
     return _deliver(report, args, argv, "text", None, str(args.output) if report.verdict != "ERROR" else "")
+
+
+def _lineage(args: argparse.Namespace, argv: list[str]) -> int:
+    """One step unless more are asked for: the next ones mostly repeat it."""
+    from trainverify.report import lineage
+    from trainverify.report.model import Report
+    from trainverify.report.text import diagnostic_lines
+    args.steps = args.steps or 1
+    table = _run(args, options := _options(args, _case_given(args)), "lineage_table", args.path, options)
+    if isinstance(table, Report):
+        print("\n".join(line for d in table.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
+        return table.exit_code
+    found = lineage.selected(table, args.rank, args.op)
+    with _printing():
+        sys.stdout.write(lineage.encode(found).decode() if args.format == "json" else lineage.render(found))
+    return 0
 
 
 def _run(args: argparse.Namespace, options: Any, entry: str, *arguments: Any) -> Any:

@@ -15,7 +15,7 @@ import msgspec
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.options import Options
-from trainverify.report.model import Phase, Report
+from trainverify.report.model import LineageTable, Phase, Report
 
 KEPT = Path(".trainverify") / "traces"        # traces of a run in which we failed, or that is debugged
 INDEX = "capture.json"
@@ -72,15 +72,40 @@ def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) 
     report = Report(spec=str(path), steps=options.steps, seed=options.seed)
 
     def body() -> None:
-        from trainverify.ir.files import load_program
-
-        folder = Path(path)
-        reference, parallel = load_program(folder / "reference"), load_program(folder / "parallel")
-        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=CaptureIndex) if (folder / INDEX).is_file() else CaptureIndex("", 0, False, {})
-        report.steps, report.case = reference.traces[0].steps, index.case
-        _analyse(report, reference, parallel, _rows_again(index, reference, parallel, report), options, progress)
+        _analyse(report, *_loaded(Path(path), report), options, progress)
 
     return _finish(report, options, body)
+
+
+def lineage_table(path, options: Options = Options(), progress: Callable = _quiet) -> LineageTable:
+    """What every float result of every rank holds of the reference; nothing is proved or judged. Raises Fault where a side cannot run."""
+    from trainverify.diagnose.lineage import lineages
+
+    report = Report(spec=str(path), case=dict(options.case), steps=options.steps, seed=options.seed)
+    if Path(path).is_dir():
+        reference, parallel, extra_rows = _loaded(Path(path), report)
+    else:
+        from trainverify.capture.session import capture
+        from trainverify.capture.spec import load_spec
+
+        spec = load_spec(Path(path))
+        captured = capture(spec, options, progress)
+        if captured.reference is None or captured.parallel is None:
+            raise Fault(*captured.diagnostics)
+        reference, parallel, extra_rows, report.case = captured.reference, captured.parallel, spec.op_rows(), captured.case
+        report.diagnostics += captured.diagnostics
+    found = lineages(reference, parallel, extra_rows, options.seed, progress)
+    return LineageTable(report.spec, report.case, len(parallel.traces), report.steps, options.seed, found, report.diagnostics)
+
+
+def _loaded(folder: Path, report: Report) -> tuple:
+    """Both programs from disk, and the op rows of their spec."""
+    from trainverify.ir.files import load_program
+
+    reference, parallel = load_program(folder / "reference"), load_program(folder / "parallel")
+    index = msgspec.json.decode((folder / INDEX).read_bytes(), type=CaptureIndex) if (folder / INDEX).is_file() else CaptureIndex("", 0, False, {})
+    report.steps, report.case = reference.traces[0].steps, index.case
+    return reference, parallel, _rows_again(index, reference, parallel, report)
 
 
 # ---- the parts in order

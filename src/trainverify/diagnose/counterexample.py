@@ -15,13 +15,12 @@ from trainverify.diagnose.expected import Expectations, Expected, chosen, differ
 from trainverify.diagnose.explain import ORDER, Cause, Diagnosis, Explanation
 from trainverify.diagnose.minimise import Minimiser
 from trainverify.diagnose.trial import Outcome, Place, Trials, result_of, same_decisions
-from trainverify.diagnose.words import at_text
+from trainverify.diagnose.words import at_text, number_text
 from trainverify.engine.verdict import Judgement
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Key, Piece
 from trainverify.replay.errors import ReplayError
 from trainverify.report.model import Counterexample, Finding, Step
-from trainverify.report.words import number
 
 MOST_TRIALS, FEWEST_TRIALS = 150, 8
 MOST_WORK = 200_000                           # calls of all trials together, a thousand elements counting as one
@@ -218,7 +217,7 @@ class Search:
         steps += [s for s in [self._step(self.nodes, self.expected, outcome, values)] if s is not None]
         steps.append(self._output(outcome))
         at = torch.nonzero(values).reshape(-1)
-        told = Counterexample(tuple((self._name(int(i)), number(float(values[i]))) for i in at[:MOST_INPUTS]), len(at), len(values), trials, not note, note, tuple(steps))
+        told = Counterexample(tuple((self._name(int(i)), number_text(float(values[i]))) for i in at[:MOST_INPUTS]), len(at), len(values), trials, not note, note, tuple(steps))
         return Found(told, self.finding, self.target.key, outcome, values, self.nodes, self.expected, self.expectations, self._pieces(outcome))
 
     def _name(self, symbol: int) -> str:
@@ -275,7 +274,7 @@ def _shown(what: str, place: str, there: str, shape, theirs: dict[int, torch.Ten
         if rank in theirs:
             weight += 4 * where(theirs[rank][:n], v[:n], LEAST).double() + (theirs[rank][:n] != 0).double()
     at = weight.argsort(stable=True, descending=True)[:MOST_VALUES].sort().values
-    told = lambda v: tuple(number(float(x)) for x in v[at])  # noqa: E731
+    told = lambda v: tuple(number_text(float(x)) for x in v[at])  # noqa: E731
     names = tuple(at_text(torch.unravel_index(i, tuple(shape))) if len(shape) else "" for i in at)
     same = bool(theirs) and all(r in theirs and not differ(theirs[r], v, LEAST) for r, v in ours.items())
     return Step(what, place, there, names, tuple((r, told(v)) for r, v in theirs.items()), tuple((r, told(v)) for r, v in ours.items()), same)

@@ -5,6 +5,7 @@ An operation is written as a call only if that call, made here in float64, gives
 """
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,6 @@ from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.diagnose.expected import Expected, value, where
 from trainverify.diagnose.trial import Arguments, result_of
 from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence as ListArg, TensorRef
-from trainverify.report.words import ascii_text, wrap
 
 WIDTH = 88
 MOST_ELEMENTS = 20_000                        # of the operands of all ranks; of a larger operation only the wrong elements are written
@@ -34,7 +34,7 @@ def script(found: Found, spec: str) -> str:
     body = Body(found)
     computed = body.operation() or body.elements()
     text = "\n".join([*_head(found, spec), "import torch", "", HELPER, "", *computed, *_tail()]) + "\n"
-    return ascii_text(text)
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _head(found: Found, spec: str) -> list[str]:
@@ -43,9 +43,9 @@ def _head(found: Found, spec: str) -> list[str]:
     parts = [f"Written by trainverify for {spec or 'two functions'}: REFUTED.", f"{d.code}: {d.message}", place, found.finding.algebra,
              f"Output: {output_text(found.key)}. " + (f"{told.nonzero} of {told.elements} float inputs are not zero, found in {told.trials} replays"
                                                      if told.minimised else told.note) + (":" if told.inputs else ".")]
-    lines = [line for p in parts if p for line in wrap("# ", p, WIDTH, 2) for line in [line if line.startswith("#") else "# " + line.strip()]]
+    lines = [line for p in parts if p for line in textwrap.wrap(p, WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False)]
     inputs = ", ".join(f"{name} = {number}" for name, number in told.inputs) + (", ..." if told.nonzero > len(told.inputs) else "")
-    return [*lines, *(("#   " + line.strip()) for line in (wrap("", inputs, WIDTH - 4) if told.inputs else [])), ""]
+    return [*lines, *textwrap.wrap(inputs, WIDTH, initial_indent="#   ", subsequent_indent="#   "), ""]
 
 
 def _tail() -> list[str]:

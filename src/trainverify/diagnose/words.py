@@ -110,6 +110,11 @@ def index_map(held: np.ndarray, due: np.ndarray, shape: tuple[int, ...]) -> str:
     return f"element {at_text(want[:, k])} is the reference's {at_text(at[:, k])}"
 
 
+def number_text(x: float) -> str:
+    """A value as a reader would write it; there is one zero."""
+    return f"{x + 0.0:.9g}"
+
+
 def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {sorted(set(ranks))}"
 

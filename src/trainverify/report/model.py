@@ -97,6 +97,40 @@ class Counterexample(msgspec.Struct, frozen=True):
     script: str = ""                          # file that reproduces it
 
 
+class Lineage(msgspec.Struct, frozen=True):
+    """What one float result of a rank holds of the reference. kind: replicate, shard, permuted, joined (elements of several values), partial, scaled,
+    constant, inner (a value inside an operation of the reference), empty, unaligned, unknown (too large to be looked at)."""
+
+    rank: int
+    index: int                                # of the call in the rank's trace
+    op: str
+    place: str
+    phase: str
+    step: int
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    dims: tuple[int, ...]                     # of the reference's value, that a shard divides
+    part: str                                 # "[0:8, :] of [16, 4]"
+    group: tuple[int, ...]                    # ranks over which the sum is the reference's, of a partial value
+    factor: str                               # "1", "1/2"
+    reference_op: str                         # or the name of a weight or an input
+    reference_place: str
+    text: str
+
+
+class LineageTable(msgspec.Struct, frozen=True):
+    """The lineages of one run."""
+
+    spec: str
+    case: dict[str, str | int | float | bool]
+    ranks: int
+    steps: int
+    seed: int
+    lineages: list[Lineage]
+    diagnostics: list[Diagnostic] = []
+
+
 class Assumption(msgspec.Struct, frozen=True):
     """Something the verdict rests on; places are source lines or names."""
 
