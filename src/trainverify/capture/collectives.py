@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Work
 from trainverify.capture import plans
 from trainverify.capture.digest import crc
 from trainverify.capture.encode import dtype_name
+from trainverify.capture.futures import Futures
 from trainverify.capture.plans import Plan, PlanError, plan_of
 from trainverify.capture.quiet import unseen
 from trainverify.capture.wire import Signature
@@ -78,11 +79,7 @@ class RecordedWork(Work):
         return self._outputs
 
     def get_future(self) -> torch.futures.Future:
-        """DDP's reducer and communication hooks ask for the future: that is their wait."""
-        self._finish()
-        future: torch.futures.Future = torch.futures.Future()
-        future.set_result(self._outputs)
-        return future
+        return self._collectives.futures.future(self.result)
 
 
 class Collectives:
@@ -95,6 +92,7 @@ class Collectives:
         self._functional: dict[int, Pending] = {}
         self._receives: dict[tuple, deque[Pending]] = defaultdict(deque)
         self._count = 0
+        self.futures = Futures()
 
     # ---- issue
     def call(self, func, args, kwargs) -> Any:
