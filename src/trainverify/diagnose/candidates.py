@@ -17,6 +17,7 @@ from trainverify.diagnose.places import Family, Occurrence, Places, result
 from trainverify.diagnose.relation import Relation
 from trainverify.diagnose.watch import GOOD
 from trainverify.ir.trace import OpCall, TensorRef
+from trainverify.relate.compare import Compared
 from trainverify.replay.memory import is_float
 
 REDUCES = ("all_reduce", "reduce_scatter", "reduce")
@@ -48,6 +49,7 @@ class Maker:
         self.d, self.flow, self.watch = diagnosis, diagnosis.flow, diagnosis.watch
         self.places = Places(self.flow, self.watch.names)
         self._meetings = 0
+        self._relations: dict[int, Relation] = {}
 
     def candidates(self, cause: Cause) -> list[Candidate]:
         """At most MOST, no two with the same edit."""
@@ -237,36 +239,49 @@ class Maker:
                 yield Candidate(f"add {length} x this rank's place in {self.places.over(family)} to the positions made at {self._line(occurrences)}", edit)
 
     def _messages(self, cause: Cause) -> Iterator[Candidate]:
-        """Sends and receives of a line the other way round: each rank sends to where it received from."""
-        for node in self._lines_above(cause.nodes, lambda call: call.collective is not None and call.collective.peer is not None):
-            line = self.places.line(node)
-            ways: dict[int, list[tuple[Node, str, int]]] = defaultdict(list)
-            for rank, ops in self.flow.calls.items():
-                for call in ops:
-                    c, here = call.collective, self.places.line((rank, call.index))
-                    if c is not None and c.peer is not None and here is not None and here[1:3] == line[1:3]:
-                        ways[rank].append(((rank, call.index), c.kind, c.peer))
-            edit = Edit()
-            for its in ways.values():
-                to, back = ({peer for _, kind, peer in its if kind == k} for k in ("send", "recv"))
-                if len(to) != 1 or len(back) != 1:
-                    break
-                for n, kind, _ in its:
-                    edit.calls[n] = sent_to(self.flow.call(n), *(back if kind == "send" else to))
-            else:
-                yield Candidate(f"send to the rank that is received from, and receive from the one that is sent to, at {line[1]}:{line[2]}", edit)
+        """The nearest receives above the cause, with their sends: the other way round, or between neighbours in a group."""
+        for node in self._lines_above(cause.nodes, lambda call: call.collective is not None and call.collective.kind == "recv"):
+            pairs = [(sender, n) for n in self.places.alike(node) if (sender := self.flow.sender(n)) is not None]
+            where = " and ".join(dict.fromkeys(f"{self.flow.span(n)}" for n in (*pairs[0], node)[:2] if self.flow.span(n) is not None)) if pairs else ""
+            ways = {"send": {s: r[0] for s, r in pairs}, "recv": {r: s[0] for s, r in pairs}}
+            back, to = ({n[0]: peer for n, peer in ways[kind].items()} for kind in ("recv", "send"))
+            if back.keys() == to.keys() and all(len({p for n, p in w.items() if n[0] == rank}) == 1 for w in ways.values() for rank in to):
+                yield Candidate(f"send to the rank that is received from, and receive from the one that is sent to, at {where}",
+                                self._between(ways, to=back, back=to))
+            for family in self.places.families():
+                for by in (1, -1):
+                    near = {r: {d: g[(g.index(r) + d) % len(g)] for d in (by, -by)} for r, g in family.items()}
+                    edit = self._between(ways, {r: n[by] for r, n in near.items()}, {r: n[-by] for r, n in near.items()})
+                    yield Candidate(f"send to the {'next' if by > 0 else 'previous'} rank of {self.places.over(family)}, and receive from the "
+                                    f"{'previous' if by > 0 else 'next'} one, at {where}", edit)
+
+    def _between(self, ways: dict[str, dict[Node, int]], to: dict[int, int], back: dict[int, int]) -> Edit:
+        """These sends and receives with other peers; empty if nothing changes."""
+        edit = Edit()
+        for node, peer in ((n, p) for its in ways.values() for n, p in its.items()):
+            new = (to if self.flow.call(node).collective.kind == "send" else back).get(node[0], peer)
+            if new != peer:
+                edit.calls[node] = sent_to(self.flow.call(node), new)
+        return edit
 
     # ---- what edits are made of
     def _outputs(self, cause: Cause, kind: Callable[[Relation], tuple | bool]) -> list[tuple[tuple, list[tuple[str, str]]]]:
-        """The gradients and scalars of the cause, by what `kind` says of their relation; those that it says nothing of are left out."""
+        """The wrong gradients and scalars of the first step, by what `kind` says of their relation, if it says the same of some of the
+        cause's. Others have the same cause even where the search found another operation above them."""
         out: dict[tuple, list[tuple[str, str]]] = defaultdict(list)
-        for key in cause.keys:
+        own: set[tuple] = set()
+        for key in (k for k in self.d.by_key if k[2] == self.d.step and k[0] in ("gradient", "scalar")):
             c = self.d.raw.get(key) or self.d.by_key[key].compared
-            if key[0] in ("gradient", "scalar") and any(p.wrong("field") for p in c.pieces):
-                got = kind(self.d.relations.simple(c))
-                if got:
-                    out[got].append(key[:2])
-        return sorted(out.items(), key=lambda item: -len(item[1]))
+            got = any(p.wrong("field") for p in c.pieces) and kind(self._relation(c))
+            if got:
+                out[got].append(key[:2])
+                own |= {got} if key in cause.keys else set()
+        return sorted(((got, names) for got, names in out.items() if got in own), key=lambda item: -len(item[1]))
+
+    def _relation(self, c: Compared) -> Relation:
+        if id(c) not in self._relations:
+            self._relations[id(c)] = self.d.relations.simple(c)
+        return self._relations[id(c)]
 
     def _held(self, names: Iterable[tuple[str, str]], step: int = 0) -> Iterator[dict[int, Held]]:
         """Where these outputs stand, by rank, in every step (or one)."""

@@ -54,6 +54,12 @@ class Places:
         key = self._key.get(node)
         return key[0] if key is not None else None
 
+    def alike(self, node: Node) -> list[Node]:
+        """The calls of the same operation at the same line, on all ranks and in all steps, wherever that was called."""
+        line = self.line(node)
+        found = [(rank, i) for other, ranks in self._at.items() if line is not None and other[:3] == line[:3] for rank, calls in ranks.items() for i in calls.values()]
+        return sorted(found)
+
     def called(self, node: Node) -> str:
         """" called at FILE:LINE" for a line of a helper: one that other lines or another file calls."""
         line = self.line(node)

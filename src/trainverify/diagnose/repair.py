@@ -50,7 +50,7 @@ def repaired(job: Job) -> list[Finding]:
     wrong = {j.key for j in job.analysis.judgements if j.verdict == "REFUTED"}
     if not wrong or job.told.diagnosis is None or job.analysis.second is None:
         return job.told.findings
-    concerned = {i: {k for k, at in job.told.explained.items() if at == i and k in wrong} for i in range(len(job.told.findings))}
+    concerned = _concerned(job, wrong)
     edit, chosen = _chosen(job, concerned, wrong)
     if not chosen:
         return job.told.findings
@@ -64,27 +64,48 @@ def repaired(job: Job) -> list[Finding]:
     return out
 
 
+def _concerned(job: Job, wrong: set[Key]) -> dict[int, set[Key]]:
+    """The outputs that each finding explains; one that is wrong in the first step already belongs to the same finding in later ones."""
+    step = min(k[2] for k in wrong)
+    out: dict[int, set[Key]] = {i: set() for i in range(len(job.told.findings))}
+    for k in wrong:
+        at = job.told.explained.get((*k[:2], step)) if (*k[:2], step) in wrong else None
+        out[job.told.explained.get(k, 0) if at is None else at].add(k)
+    return out
+
+
 def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[Edit, dict[int, Candidate]]:
-    """For each finding the first candidate that makes its outputs equal, on top of those of the findings before it."""
+    """For each finding the first candidate that makes its outputs equal, on top of those of the findings before it; or else the most
+    likely candidates of all findings together (clipping makes every gradient wrong until the last cause is gone)."""
     maker = Maker(job.told.diagnosis)
     step = min(k[2] for k in wrong)
     edit, chosen, right = Edit(), {}, set()
+    likely: dict[int, Candidate] = {}
     for i, cause in enumerate(job.told.causes):
         early = {k for k in concerned[i] if k[2] == step}
         if not early or early <= right or job.told.findings[i].diagnosis == "decision":
             continue                          # an earlier repair mends it too, or other numbers are compared than should be
         for candidate in maker.candidates(cause):
+            likely.setdefault(i, candidate)
             both = edit.joined(candidate.edit)
-            if both is None or job.trials == MOST_TRIALS:
+            if both is None or job.trials >= MOST_TRIALS:
                 continue
             still = _still_wrong(job, applied(job.parallel, both), wrong, step)
-            if still & early:
-                continue
-            if not _still_wrong(job, applied(job.parallel, both), wrong, 0) & concerned[i]:
-                edit, right = both, wrong - still
-                chosen[i] = candidate
+            if not still & early and not _still_wrong(job, applied(job.parallel, both), wrong, 0) & concerned[i]:
+                edit, right, chosen[i] = both, wrong - still, candidate
                 break
+    if not chosen and len(likely) > 1:
+        return _together(job, likely, wrong, step)
     return edit, chosen
+
+
+def _together(job: Job, likely: dict[int, Candidate], wrong: set[Key], step: int) -> tuple[Edit, dict[int, Candidate]]:
+    edit: Edit | None = Edit()
+    for candidate in likely.values():
+        edit = edit and edit.joined(candidate.edit)
+    if edit is None or any(_still_wrong(job, applied(job.parallel, edit), wrong, until) for until in (step, 0)):
+        return Edit(), {}
+    return edit, likely
 
 
 def _still_wrong(job: Job, program: Program, wrong: set[Key], step: int) -> set[Key]:
