@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from trainverify.capture.coordinator import (
     DIED, FINISHED, RAISED, BadMail, Coordinator, InRecv, InSlot, Mail, Member, Mismatch, Slot, count, difference)
+from trainverify.capture.userframes import frame_text
 from trainverify.capture.wire import Key, Raised, Signature
 from trainverify.diagnostics import Diagnostic, Span
 
@@ -245,7 +246,7 @@ def _raise(members: list[Member]) -> Diagnostic:
     if raised.internal:
         return Diagnostic("RUN015", f"{who}: {text}", "internal", span, ranks, tuple(raised.traceback.splitlines()[-12:]),
                           "This is a bug in TrainVerify; please report it with this traceback.")
-    notes = [f"{file}:{line} in {function}: {source}" for file, line, function, source in reversed(raised.frames)]
+    notes = [frame_text(frame) for frame in reversed(raised.frames)]
     notes += [f"rank {m.rank}: {m.raised.text}" for m in members[1:] if m.raised.text != raised.text]
     return Diagnostic("RUN009", f"{who} raised {text}", span=span, ranks=ranks, notes=tuple(notes), fix=f"Correct what it states. {_PRINTED}")
 

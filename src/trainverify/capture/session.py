@@ -215,7 +215,10 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
         progress(f"capture {side}", f"{n} ranks" if n > 1 else "1 rank")
     output = base / f"{side}.output" if options.workdir is not None else None
     world = run_world(n, child, timeout=options.timeout, on_progress=told, output_dir=output)
-    faulted = any(d.severity in ("error", "internal") for d in world.faults)
+    faults = world.faults
+    if side == "reference":
+        faults = tuple(msgspec.structs.replace(d, notes=("it was the reference that ran", *d.notes)) if d.code.startswith("RUN") else d for d in faults)
+    faulted = any(d.severity in ("error", "internal") for d in faults)
     results = [] if faulted else [msgspec.msgpack.decode(r, type=_Result) for r in world.results]
     program = None
     if results:
@@ -223,7 +226,7 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
         program = load_program(base / side)
     stats = Stats(sum(r.ops for r in results), sum(r.cpu for r in results), sum(u.waited for u in world.usage), sum(r.memory for r in results),
                   sum(r.stepped[0] for r in results) / max(sum(r.stepped[1] for r in results), 1e-9))
-    return SideCapture(program, world.faults, stats, time.perf_counter() - started), results
+    return SideCapture(program, faults, stats, time.perf_counter() - started), results
 
 
 # ---- in a rank

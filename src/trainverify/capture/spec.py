@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainverify.api import CustomOp
-from trainverify.capture.userframes import frames_of_exception
+from trainverify.capture.userframes import frame_text, frames_of_exception
 from trainverify.diagnostics import Diagnostic, Fault, Span
 from trainverify.ops import custom
 from trainverify.ops.table import OpRow
@@ -64,9 +64,9 @@ class Spec:
         if callable(n):
             n = call_user(lambda: self.ranks(**case), "RANKS")
         if n is None:
-            raise self._fault("SPEC005", "the spec does not say how many ranks to run", "Define RANKS = N in the spec, or pass --ranks N.")
+            raise Fault(Diagnostic("SPEC005", "the spec does not say how many ranks to run", span=self._whole(), fix="Define RANKS = N in the spec, or pass --ranks N."))
         if type(n) is not int or n < 1:
-            raise self._fault("SPEC005", f"RANKS is {n!r}, which is no positive integer", "Define RANKS = N in the spec.")
+            raise Fault(Diagnostic("SPEC005", f"RANKS is {n!r}, which is no positive integer", span=self._whole(), fix="Define RANKS = N in the spec."))
         return n
 
     def _typed(self, key: str, value: Any, parameter: inspect.Parameter | None) -> Any:
@@ -78,6 +78,9 @@ class Spec:
         except ValueError:
             raise self._fault("SPEC007", f"case argument {key}={value!r} is no {kind.__name__}",
                               f"parallel() takes {key} as {kind.__name__}.") from None
+
+    def _whole(self) -> Span | None:
+        return Span(self.path, 0, "", phase="") if self.path else None
 
     def _fault(self, code: str, message: str, fix: str) -> Fault:
         code_object = getattr(self.parallel, "__code__", None)
@@ -132,7 +135,7 @@ def call_user(function: Callable[[], Any], what: str, code: str = "SPEC002") -> 
     except (Exception, SystemExit) as error:
         frames = frames_of_exception(error)
         span = Span(*frames[-1][:3], phase="setup", stack=tuple(f[:3] for f in frames[-2::-1])) if frames else None
-        notes = tuple(f"{file}:{line} in {function}: {text}" for file, line, function, text in reversed(frames))
+        notes = tuple(map(frame_text, reversed(frames)))
         raise Fault(Diagnostic(code, f"{what} raised {type(error).__name__}: {error}", span=span, notes=notes,
                                fix="The spec must be importable by itself; run `python` on it to see the error.")) from error
 

@@ -56,6 +56,12 @@ def frames_of_exception(error: BaseException) -> tuple[Frame, ...]:
     return found or (frames_of_exception(cause) if cause is not None else ())
 
 
+def frame_text(frame: Frame) -> str:
+    """A frame as a note."""
+    file, line, function, source = frame
+    return f"{file}:{line} in {function}" + (f": {source}" if source else "")
+
+
 def is_internal(error: BaseException) -> bool:
     """Whether an exception is our own bug: it has no user frame, or is of a kind that a kernel, called by us for the user, never raises."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -5,7 +5,7 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.engine.analysis import Analysis, Survey
 from trainverify.engine.facts import Facts, valid_tokens
 from trainverify.engine.notes import Notes, detailed, notes_of
-from trainverify.engine.verdict import DISTRUSTED
+from trainverify.engine.verdict import DISTRUSTED, OPAQUE
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Comparison
 from trainverify.relate.coverage import Coverage
@@ -22,7 +22,7 @@ def fill(report: Report, analysis: Analysis, reference: Program, parallel: Progr
     report.outputs = _outputs(analysis, groups, explained)
     notes = notes_of(reference, parallel)
     told = [d for d in analysis.diagnostics if all(d is not f.diagnostic for f in findings)]
-    report.diagnostics = [*report.diagnostics, *detailed(told, notes), *notes.warnings, *_unbound(analysis.first.comparison), *_absent(analysis)]
+    report.diagnostics = [*report.diagnostics, *detailed(told, notes), *notes.warnings, *_unbound(analysis.first.comparison, told), *_absent(analysis)]
     report.verdict = overall(report)
     report.ranks = report.ranks or len(parallel.traces)
     report.mesh = mesh_text(groups)
@@ -41,7 +41,7 @@ def fill_survey(report: Report, found: Survey, reference: Program, parallel: Pro
     """The report of a dry run: bindings and data coverage, and no outputs."""
     report.mode = "dry-run"
     notes = notes_of(reference, parallel)
-    report.diagnostics = [*report.diagnostics, *detailed(found.diagnostics, notes), *notes.warnings, *_unbound(found.comparison)]
+    report.diagnostics = [*report.diagnostics, *detailed(found.diagnostics, notes), *notes.warnings, *_unbound(found.comparison, found.diagnostics)]
     report.not_run = notes.not_run
     report.ranks = report.ranks or len(parallel.traces)
     report.mesh = mesh_text(groups)
@@ -99,11 +99,14 @@ def bindings(symbols: Symbols, comparison: Comparison) -> list[Binding]:
     return out
 
 
-def _unbound(comparison: Comparison) -> list[Diagnostic]:
-    """Stepped parameters that derive from no reference element: they were initialised on their own."""
+def _unbound(comparison: Comparison, diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    """Stepped parameters that derive from no reference element: they were initialised on their own. Not those that were bound when they came, if
+    some operation has no meaning: its results are no reference element either, and that is told already."""
     out: dict[str, set[int]] = {}
+    opaque = any(d.code in OPAQUE for d in diagnostics)
     for (rank, how, name), line in comparison.lineage.items():
-        if how == "stepped" and line.numbers.size and not line.bound:
+        came = comparison.lineage.get((rank, "param", name))
+        if how == "stepped" and line.numbers.size and not line.bound and not (opaque and came is not None and came.bound):
             out.setdefault(name, set()).add(rank)
     return [Diagnostic("BIND001", f"parameter {name} derives from no element of the reference", "error", None, tuple(sorted(ranks)),
                        ("its values are not the reference's weights: it was initialised on its own, or loaded past them",),

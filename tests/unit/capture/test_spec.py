@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from trainverify.capture.spec import load_spec, parse_case, spec_of
+from trainverify.capture.userframes import frame_text
 from trainverify.diagnostics import Fault
 
 GOOD = "RANKS = 2\ndef reference(): pass\ndef parallel(ref, tp: int = 2, lr=0.1, sp=False, mode='ring'): pass\n"
@@ -43,6 +44,17 @@ def test_neighbours_are_importable(write):
 
 def test_no_such_file(tmp_path):
     assert fault(load_spec, tmp_path / "none.py").code == "SPEC001"
+
+
+def test_wrong_ranks_are_of_the_file_as_a_whole(write):
+    for ranks in ("'two'", "0", "None"):
+        spec = load_spec(write(GOOD + f"RANKS = {ranks}\n"))
+        d = fault(spec.world_size, None, {})
+        assert (d.code, d.span.line, d.span.file) == ("SPEC005", 0, spec.path), d
+
+
+def test_a_frame_without_source_says_no_more_than_its_place():
+    assert frame_text(("a.py", 3, "f", "x = 1")) == "a.py:3 in f: x = 1" and frame_text(("a.py", 3, "f", "")) == "a.py:3 in f"
 
 
 def test_import_error_shows_the_line(write):

@@ -55,6 +55,28 @@ def test_two_functions():
     assert report.data == "6 samples, each read once"
 
 
+def test_a_weight_that_an_unknown_operation_writes_was_bound():
+    def made(ref):
+        model = torch.nn.Linear(4, 3)
+        model.load_state_dict(ref.weights)
+        step = step_of(model, ref.batch)
+
+        def then():
+            out = step()
+            model.weight.data.copy_(model.weight.data + 0 * torch.linalg.svdvals(model.weight.data).sum())
+            return out
+        return tv.Training(model, then)
+    report = tv.verify(reference, made, ranks=1, steps=2)
+    assert report.verdict == "UNKNOWN" and [d.code for d in report.diagnostics if d.severity == "error"] == ["OPS001"]
+
+
+def test_a_fault_of_the_reference_says_so():
+    def broken():
+        raise RuntimeError("no data")
+    (fault,) = tv.verify(broken, parallel, ranks=1, steps=1).diagnostics
+    assert fault.code == "RUN009" and fault.notes[0] == "it was the reference that ran"
+
+
 @pytest.mark.slow
 def test_two_functions_and_a_case():
     report = tv.verify(reference, parallel, ranks=2, steps=1, case={"factor": 2.0})
