@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import trainverify as tv
 from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, is_equal, line_of, output, summary
 from pairs import WIDTH, compare, compare_forward, forward, scalars, update
 
@@ -274,3 +275,53 @@ def test_gain_of_one_cannot_be_applied_twice():
 
 def compare_pair(right, wrong):
     return compare(forward(right), forward(wrong), model=Scaled)
+
+
+# -- tensors of the batch that the reference computes and that are no symbols
+
+def angles_by_exp():
+    return (torch.arange(POSITIONS).float()[:, None] * torch.exp(torch.arange(WIDTH).float() * (-math.log(BASE) / WIDTH))).sin()
+
+
+def weights_of_norm_one():
+    row = torch.linspace(0.1, 1, POSITIONS * WIDTH).view(POSITIONS, WIDTH)
+    return row / row.norm()
+
+
+def mask_of_sum_one():
+    mask = (torch.arange(WIDTH)[None] <= torch.arange(POSITIONS)[:, None]).float()
+    return mask / mask.sum()
+
+
+def schedule():
+    return torch.full((POSITIONS, WIDTH), 3e-4).mul(0.5 * (1 + math.cos(math.pi * 3 / 17))) / math.sqrt(WIDTH)
+
+
+TABLES = (angles_by_exp, weights_of_norm_one, mask_of_sum_one, schedule)
+
+
+def times_tables(change=lambda table: table):
+    """x @ w, times each table as it is handed over."""
+    def build(model, batch):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            loss = sum((model(batch["x"]) * change(table)).square().sum() for table in batch["tables"])
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss}
+        return step
+    return build
+
+
+def batch_with_tables():
+    return {"x": torch.randn(POSITIONS, WIDTH), "tables": [tv.fixed(table()) for table in TABLES]}
+
+
+def test_a_computed_tensor_of_the_batch_is_the_one_that_was_computed():
+    assert_equal(compare(times_tables(), times_tables(lambda table: table.clone()), batch=batch_with_tables))
+
+
+def test_a_computed_tensor_of_the_batch_that_is_changed_is_another():
+    assert_refuted(compare(times_tables(), times_tables(lambda table: table * 1.001), batch=batch_with_tables))
+    assert_refuted(compare(times_tables(), times_tables(lambda table: table.flip(0)), batch=batch_with_tables))

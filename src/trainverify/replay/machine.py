@@ -76,7 +76,7 @@ class Ctx:
 class Hooks:
     """What an engine wants to see while a program is replayed; every field may be None.
 
-    symbol(machine, kind, name, ref) -> {algebra: flat V} | None; bind(machine, algebra, storage, dtype) -> V | None;
+    symbol(machine, kind, name, ref) -> {algebra: flat V} | None, for symbols and for tensors of the batch (kind "data"); bind(machine, algebra, storage, dtype) -> V | None;
     before: several of f(machine, call), for collectives too; after: several of f(machine, call, native results);
     waited: several of f(machine, tv.wait call); value(machine, algebra, call, k, V) for each computed target.
     """

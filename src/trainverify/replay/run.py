@@ -194,10 +194,18 @@ class World:
             data = torch.from_numpy(blob.copy()) if hasattr(blob, "copy") else blob
             machine.native.write(ref, data.view(torch.uint8).view(machine.native.tensor(ref).dtype).reshape(ref.size)
                                  if data.dtype != machine.native.tensor(ref).dtype else data.reshape(ref.size))
+        self._supplied(machine, kind, name, ref)
+        return True
+
+    def _data(self, machine: Machine, call: OpCall) -> bool:
+        self._supplied(machine, "data", *call.args)
+        return self._told(machine, call)
+
+    def _supplied(self, machine: Machine, kind: str, name: str, ref: TensorRef) -> None:
+        """Values that do not come out of the trace."""
         values = machine.hooks.symbol(machine, kind, name, ref) if machine.hooks.symbol else None
         for m in self.algebras if values else ():
             machine.memory[m.name].store(ref, m.reshape(values[m.name], ref.size))
-        return True
 
     def _parameter(self, machine: Machine, call: OpCall) -> bool:
         name, ref = call.args
@@ -258,7 +266,7 @@ class World:
 
 PSEUDO = {"tv.wait": World._wait, "tv.symbol": World._symbol, "tv.param": World._parameter, "tv.stepped": World._parameter,
           "tv.output": World._output, "tv.step": World._step, "tv.decision": World._decision, "tv.resize": World._resize,
-          "tv.escape": World._told, "tv.data": World._told}
+          "tv.escape": World._told, "tv.data": World._data}
 
 
 def replay(program: Program, algebras: list[Algebra], table: OpTable, hooks: Hooks | None = None, progress=None) -> World:
