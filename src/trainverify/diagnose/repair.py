@@ -7,7 +7,7 @@ tried is counted, not timed: the same run gives the same repairs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -42,7 +42,7 @@ class Job:
     extra_rows: tuple = ()
     jobs: int = 1
     progress: Callable = lambda *a, **k: None
-    trials: int = field(default=0)
+    trials: int = 0
 
 
 def repaired(job: Job) -> list[Finding]:
