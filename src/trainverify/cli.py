@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
     verify.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
+    verify.add_argument("--no-cache", action="store_true", help="work the verdict out again, also where an earlier run on identical programs has")
     verify.add_argument("--no-repair", action="store_true", help="where outputs differ, do not try what would mend them")
     verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
     verify.add_argument("--certificate", metavar="FILE", type=_new_file, help="write the proved obligations, for `trainverify recheck`")
@@ -298,6 +299,7 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
     given = {k: v for k, v in given.items() if v is not None}
     return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), repair=not getattr(args, "no_repair", False),
+                   cache=not getattr(args, "no_cache", True),
                    **given, **more)
 
 

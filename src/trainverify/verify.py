@@ -174,6 +174,18 @@ def rerun_line(report: Report, options: Options) -> str:
 
 
 def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
+    """Fill the report: with what an earlier run found for identical programs, or anew."""
+    from trainverify import cache
+
+    address = cache.key(reference, parallel, options) if cache.is_used(options, extra_rows) else ""
+    if address and cache.recall(address, report):
+        return
+    _analyse_anew(report, reference, parallel, extra_rows, options, progress)
+    if address:
+        cache.remember(address, report)
+
+
+def _analyse_anew(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
     try:
         _compare(report, reference, parallel, extra_rows, options, progress)
     except Fault:

@@ -154,8 +154,8 @@ def test_without_cases_it_is_all_of_them_and_the_command_line_wins(project, monk
     monkeypatch.setattr(cases, "run_all", lambda runs, quiet, keep: seen.append(runs) or [])
     cli.main(["verify", "--steps", "5"])
     cli.main(["verify", "--case", "tp=9"])
-    assert [r.options for r in seen[0]] == [Options(case={"tp": 2}, steps=5, timeout=60.0), Options(case={"tp": 3, "sp": True}, steps=5, timeout=60.0)]
-    assert [(r.spec, r.options) for r in seen[1]] == [(Path("spec.py"), Options(case={"tp": 9}, steps=3, timeout=60.0))]
+    assert [r.options for r in seen[0]] == [Options(case={"tp": 2}, steps=5, timeout=60.0, cache=True), Options(case={"tp": 3, "sp": True}, steps=5, timeout=60.0, cache=True)]
+    assert [(r.spec, r.options) for r in seen[1]] == [(Path("spec.py"), Options(case={"tp": 9}, steps=3, timeout=60.0, cache=True))]
 
 
 @pytest.mark.parametrize(("text", "code", "said"), [

@@ -45,18 +45,18 @@ def test_arguments_reach_the_engine(engine):
     argv = "verify spec.py --ranks 6 --case tp=2,sp=true --case lr=0.5,mode=1f1b --steps 3 --seed 7 --timeout 9 --accept a.py:3 --accept b.py:4 --dry-run"
     cli.main(argv.split())
     case = {"tp": 2, "sp": True, "lr": 0.5, "mode": "1f1b"}
-    assert engine.calls == [("verify_spec", Path("spec.py"), Options(ranks=6, case=case, steps=3, seed=7, timeout=9.0, accept=("a.py:3", "b.py:4"), dry_run=True))]
+    assert engine.calls == [("verify_spec", Path("spec.py"), Options(ranks=6, case=case, steps=3, seed=7, timeout=9.0, accept=("a.py:3", "b.py:4"), dry_run=True, cache=True))]
     assert type(case["tp"]) is int
 
 
 def test_defaults(engine):
     cli.main(["verify", "spec.py"])
-    assert engine.calls == [("verify_spec", Path("spec.py"), Options())]
+    assert engine.calls == [("verify_spec", Path("spec.py"), Options(cache=True))]
 
 
 def test_a_folder_is_verified_from_its_traces(engine):
     cli.main(["verify", "traces"])
-    assert engine.calls == [("verify_dir", Path("traces"), Options())]
+    assert engine.calls == [("verify_dir", Path("traces"), Options(cache=True))]
 
 
 def test_capture(engine, capsys):
