@@ -194,7 +194,7 @@ def _capture_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ranks", metavar="N", type=_positive, help="world size (default: RANKS of the spec)")
     p.add_argument("--case", metavar="K=V,...", type=_case, action="append", default=[], help="arguments of parallel(ref, ...); can be given several times")
     p.add_argument("--steps", metavar="K", type=_positive, help="training steps (default: 2)")
-    p.add_argument("--seed", metavar="S", type=int, default=0, help="of the values that weights and inputs take (default: 0)")
+    p.add_argument("--seed", metavar="S", type=_seed, default=0, help="of the values that weights and inputs take (default: 0)")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="wall-clock limit of each side's capture (default: 300)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     p.add_argument("--debug", action="store_true", help=f"keep the traces and what each rank printed in {FOLDER / 'traces'}, and print the traceback of an internal error")
@@ -249,6 +249,12 @@ def _new_folder(text: str) -> Path:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 on")
     return int(text)
 
 

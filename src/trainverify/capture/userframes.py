@@ -21,6 +21,8 @@ def is_user_file(file: str) -> bool:
     """Whether a source file belongs to the program under verification; its libraries do, but for torch and mere plumbing."""
     if file.startswith("<") or file.startswith(_OURS) or file.startswith(_torch_directory()):
         return False
+    if file.endswith(".pyx") and not file.startswith("/"):     # a compiled library, which names its source as it was built
+        return False
     libraries, standard = _python_directories()
     for library in libraries:
         if file.startswith(library):

@@ -1,10 +1,13 @@
 """A spec that cannot be used is a diagnostic with the user's own line; cases come in the right types."""
+import json
 import sys
 
 import pytest
+import torch
 
 from trainverify.capture.spec import load_spec, parse_case, spec_of
-from trainverify.capture.userframes import frame_text
+from trainverify.capture import userframes
+from trainverify.capture.userframes import frame_text, is_user_file
 from trainverify.diagnostics import Fault
 
 GOOD = "RANKS = 2\ndef reference(): pass\ndef parallel(ref, tp: int = 2, lr=0.1, sp=False, mode='ring'): pass\n"
@@ -51,6 +54,12 @@ def test_wrong_ranks_are_of_the_file_as_a_whole(write):
         spec = load_spec(write(GOOD + f"RANKS = {ranks}\n"))
         d = fault(spec.world_size, None, {})
         assert (d.code, d.span.line, d.span.file) == ("SPEC005", 0, spec.path), d
+
+
+def test_whose_code_a_file_is():
+    user = ("/home/u/train.py", "train.py", "/home/u/fast.pyx")
+    assert [is_user_file(f) for f in user] == [True] * 3
+    assert [is_user_file(f) for f in ("numpy/random/_generator.pyx", "<string>", torch.__file__, userframes.__file__, json.__file__)] == [False] * 5
 
 
 def test_a_frame_without_source_says_no_more_than_its_place():

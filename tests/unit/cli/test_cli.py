@@ -136,7 +136,7 @@ def test_the_rerun_command_leaves_out_where_the_report_goes(engine):
 
 
 @pytest.mark.parametrize("argv", [
-    [], ["verify", "gone.py"], ["verify", "notes.txt"], ["verify", "spec.py", "--ranks", "0"], ["verify", "spec.py", "--steps", "x"],
+    [], ["verify", "gone.py"], ["verify", "notes.txt"], ["verify", "spec.py", "--ranks", "0"], ["verify", "spec.py", "--steps", "x"], ["verify", "spec.py", "--seed", "-1"],
     ["verify", "spec.py", "--case", "tp"], ["verify", "spec.py", "--timeout", "-1"], ["verify", "spec.py", "--timeout", "nan"],
     ["verify", "spec.py", "--accept", "file.py"], ["verify", "spec.py", "--format", "xml"], ["capture", "spec.py"], ["capture", "traces", "-o", "x"], ["prove", "spec.py"],
 ])
