@@ -170,9 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     _capture_arguments(lineage)
     lineage.set_defaults(run=_lineage)
 
-    recheck = _command(commands, "recheck", "prove the obligations of a certificate again, with the kernel alone",
-                       "exit codes:\n  0    every obligation is proved again\n  1    one is not, or the file is damaged\n  2    usage\n")
+    recheck = _command(commands, "recheck", "prove the obligations of a certificate again, with the kernel alone; with --traces the theorem itself",
+                       "exit codes:\n  0    every obligation is proved again (with --traces: and every output is PROVED)\n"
+                       "  1    one is not, or the file is damaged, or it is not the traces' own\n  2    usage\n  3    with --traces: some output is UNKNOWN\n")
     recheck.add_argument("path", metavar="FILE", type=_file, help="what `trainverify verify --certificate FILE` wrote")
+    recheck.add_argument("--traces", metavar="DIR", type=_folder, help="the folder from which the certificate was made: replay the programs too")
     recheck.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     recheck.set_defaults(run=_recheck)
 
@@ -220,6 +222,13 @@ def _file(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: {'is a folder' if path.is_dir() else 'no such file'}")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {'is no folder' if path.exists() else 'no such folder'}")
     return path
 
 
@@ -466,16 +475,23 @@ def _rerun(argv: list[str]) -> str:
 
 # ---- recheck, ops and explain
 
+_THEOREM = ("for all values of the symbols for which the reference is defined and takes its recorded decisions, the parallel program of these traces "
+            "is defined and its outputs equal the reference's")
+
+
 def _recheck(args: argparse.Namespace, argv: list[str]) -> int:
-    """Exit code 0 if every obligation is proved again, 1 if one is rejected or the file is no certificate."""
+    """Exit code 0 if every obligation is proved again, 1 if one is rejected or the file is no certificate; with traces, also their verdict's."""
     from trainverify.certify.certificate import recheck
     from trainverify.progress import progress_to
     from trainverify.report.text import diagnostic_lines
     progress = progress_to(sys.stderr, args.quiet)
-    done = None
+    done = report = None
     try:
         done = recheck(args.path, lambda n, of: progress("recheck", str(args.path), n / of))
         problems = done.rejected
+        if args.traces is not None and done.accepted:
+            report = importlib.import_module("trainverify.verify").verify_certificate(args.path, args.traces, progress)
+            problems = tuple(d for d in report.diagnostics if report.verdict == "ERROR")
     except Fault as fault:
         problems = tuple(fault.diagnostics)
     finally:
@@ -484,11 +500,16 @@ def _recheck(args: argparse.Namespace, argv: list[str]) -> int:
     if done is not None:
         what = "every one is proved again" if done.accepted else f"{len(done.rejected)} rejected"
         lines.append(f"{args.path}: {done.obligations} obligations, {what}")
-        lines += wrap("  establishes  ", done.establishes, WIDTH)
+        if report is not None:
+            lines.append(f"{args.traces}: {report.verdict}, {report.count('PROVED')} of {len(report.outputs)} outputs follow from them")
+        proved = report is not None and report.verdict == "PROVED"
+        lines += wrap("  establishes  ", _THEOREM if proved else done.establishes, WIDTH)
         lines += [line for a in done.assumptions for line in wrap("  assumes      ", a, WIDTH)]
     with _printing():
         print("\n".join(lines))
-    return 0 if done is not None and done.accepted else 1
+    if done is None or not done.accepted or args.traces is not None and report is None:
+        return 1
+    return report.exit_code if report is not None else 0
 
 
 def _ops(args: argparse.Namespace, argv: list[str]) -> int:

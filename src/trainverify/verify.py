@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -75,6 +76,29 @@ def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) 
         _analyse(report, *_loaded(Path(path), report), options, progress)
 
     return _finish(report, options, body)
+
+
+def verify_certificate(certificate: Path, folder: Path, progress: Callable = _quiet) -> Report:
+    """Verify from the traces that a certificate was made from: every move is made again, and the proof may use no obligation that the
+    certificate lacks. Raises Fault with CERT001 or CERT002 (no certificate), CERT004 (other traces) or CERT005 (not its obligations)."""
+    from trainverify.certify.certificate import read_certificate
+
+    held = read_certificate(certificate)
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Path(scratch) / "again"
+        accept = msgspec.json.decode(held.made.get("accept", "[]"), type=tuple[str, ...])
+        report = verify_dir(folder, Options(seed=int(held.made.get("seed", "0")), accept=accept, certificate=new, repair=False), progress)
+        if not new.exists():                  # a fault: the report says which
+            return report
+        again = read_certificate(new)
+    for side in ("reference", "parallel"):
+        if held.made.get(side) != again.made[side]:
+            raise Fault(Diagnostic("CERT004", f"{folder}: its {side} program is not the one that {certificate} was made from",
+                                   fix="Name the folder of traces from which `trainverify verify DIR --certificate FILE` made it."))
+    if strange := {e.digest for e in again.obligations} - {e.digest for e in held.obligations}:
+        raise Fault(Diagnostic("CERT005", f"{certificate} lacks {len(strange)} obligations that the proof from {folder} needs, such as {min(strange)}",
+                               fix="Make the certificate again with `trainverify verify DIR --certificate FILE`."))
+    return report
 
 
 def lineage_table(path, options: Options = Options(), progress: Callable = _quiet) -> LineageTable:
@@ -224,7 +248,7 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         analysis.diagnostics.append(_no_counterexample("no output is refuted"))
     _second_opinion(analysis, options, progress)
     fill(report, analysis, reference, parallel, groups, findings, explained)
-    _keep_obligations(report, analysis, options)
+    _keep_obligations(report, analysis, reference, parallel, options)
     report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)
 
 
@@ -277,13 +301,16 @@ def _second_opinion(analysis, options: Options, progress: Callable) -> None:
     analysis.phases.append(Phase("second opinion", time.perf_counter() - clock, opinions.summary()))
 
 
-def _keep_obligations(report: Report, analysis, options: Options) -> None:
+def _keep_obligations(report: Report, analysis, reference, parallel, options: Options) -> None:
     """Write what was proved as a certificate, and what was not to a folder, where the user asked for it."""
     if options.certificate is not None:
         from trainverify.certify.certificate import write_certificate
+        from trainverify.ir.digest import digest
         from trainverify.report.versions import versions
 
-        made = {"spec": report.spec, "case": ",".join(f"{k}={v}" for k, v in report.case.items()), "verdict": report.verdict, **versions()}
+        made = {"spec": report.spec, "case": ",".join(f"{k}={v}" for k, v in report.case.items()), "verdict": report.verdict,
+                "reference": digest(reference), "parallel": digest(parallel), "seed": str(options.seed),
+                "accept": msgspec.json.encode(options.accept).decode(), **versions()}
         write_certificate(options.certificate, analysis.proof.obligations, [f"{a.code} {a.text}" for a in report.assumptions], made)
     if options.dump_unknown is not None:
         from trainverify.certify.dump import Item, dump_unknown

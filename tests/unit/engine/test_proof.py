@@ -14,14 +14,14 @@ import torch
 import trainverify as tv
 from trainverify import cli
 from trainverify.algebra import terms
-from trainverify.certify.certificate import read_certificate, recheck
+from trainverify.certify.certificate import obligation_of, read_certificate, recheck, write_certificate
 from trainverify.engine import analysis
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.beside import Beside, Lost, Unsent
 from trainverify.engine.options import Options
 from trainverify.relate.guess import Dictionary
 from trainverify.report.json_ import encode
-from trainverify.verify import verify_spec
+from trainverify.verify import capture_spec, verify_dir, verify_spec
 
 SPEC = '''
 import torch
@@ -265,6 +265,26 @@ def test_certificate_second_opinion_and_dump(spec, capsys):
     Path("proof.json").write_text(text.replace('"lhs":', '"lhs": ', 1).replace("add", "mul", 1))
     assert cli.main(["recheck", "-q", "proof.json"]) == 1
     assert "CERT001" in capsys.readouterr().out
+
+
+def test_a_certificate_with_its_traces_is_the_theorem(spec, capsys):
+    for case in ({}, {"scale": 1.5}):
+        capture_spec(spec, Path(f"traces{len(case)}"), Options(steps=1, case=case))
+    report = verify_dir(Path("traces0"), Options(jobs=1, certificate=Path("proof.json")))
+    assert report.verdict == "PROVED" and report.outputs
+    assert cli.main(["recheck", "-q", "proof.json", "--traces", "traces0"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"PROVED, {len(report.outputs)} of {len(report.outputs)} outputs follow" in out and "its outputs equal the reference's" in out
+    assert cli.main(["recheck", "-q", "proof.json", "--traces", "traces1"]) == 1
+    assert "CERT004" in capsys.readouterr().out
+    held = read_certificate("proof.json")
+    fewer = [obligation_of(e) for e in held.obligations[1:]]
+    write_certificate("short.json", fewer, held.assumptions, held.made)
+    assert cli.main(["recheck", "-q", "short.json"]) == 0
+    assert cli.main(["recheck", "-q", "short.json", "--traces", "traces0"]) == 1
+    assert "CERT005" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["recheck", "-q", "proof.json", "--traces", "nowhere"])
 
 
 def test_a_kernel_that_proves_too_much_is_contradicted(spec, monkeypatch):
