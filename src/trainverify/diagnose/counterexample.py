@@ -26,6 +26,7 @@ MOST_TRIALS, FEWEST_TRIALS = 150, 8
 MOST_WORK = 200_000                           # calls of all trials together, a thousand elements counting as one
 LEAST, CLEAR = 1e-9, 0.1                      # a relative difference that counts at all; the part of the recorded difference that is to remain
 MOST_STEPS, MOST_VALUES, MOST_INPUTS = 4, 4, 24
+SLICE_LACKS = (ReplayError, RuntimeError, KeyError, ValueError)   # what a call that was left out and is needed makes of a replay
 MOST_TARGETS, MOST_PATHS = 24, 8
 
 
@@ -83,7 +84,7 @@ class Search:
         self.trials = Trials(reference, parallel, analysis.table, analysis.symbols, analysis.first.comparison, target.key)
         self.ranks = sorted({w.piece.rank for w in target.wrong})
         groups = [g for g in self.watch.names.groups if len(g) > 1]
-        self.expectations = Expectations(self.search, analysis.second.field, reference, groups)
+        self.expectations = Expectations(self.search, analysis.second.field, self.trials.programs["reference"], groups)
         self.nodes = self._nodes(nodes, [t.rank for t in parallel.traces])
         self.expected: dict[int, Expected] = {}
         self.paths = {n: self._path(n) for n in self.nodes[:MOST_PATHS]}
@@ -117,7 +118,7 @@ class Search:
         recorded = torch.from_numpy(self.symbols.values).clone()
         try:
             self.base = self._first(recorded)
-        except (ReplayError, LookupError) as e:
+        except ReplayError as e:
             return f"the programs cannot be replayed on other inputs: {e}"
         self.expected = {n[0]: e for n, es in candidates.items() if (e := chosen(self.search, n, es, self.base, recorded)) is not None}
         if not self._differs(self.base, recorded):
@@ -132,8 +133,8 @@ class Search:
             outcome = self.trials.run(recorded, self.wanted)
             if self._is_recorded(outcome):
                 return outcome
-        except (ReplayError, LookupError):
-            pass                              # the slice lacks something that memory holds: the whole has it
+        except SLICE_LACKS:
+            pass                              # something that memory holds: the whole has it
         self.trials.programs = whole
         return self.trials.run(recorded, self.wanted)
 
@@ -162,7 +163,7 @@ class Search:
         self.progress("counterexample", "", work.tried / allowed)
         try:
             new = self.trials.run(values, self.wanted)
-        except ReplayError:
+        except (ReplayError, RuntimeError):   # torch refuses, say, to invert a singular matrix
             return False
         return same_decisions(self.base, new) and self._differs(new, values) and all(g >= c for g, c in zip(self._gaps(new, values), self.clear))
 

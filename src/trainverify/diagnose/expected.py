@@ -37,7 +37,7 @@ class Expected:
 
 
 class Expectations:
-    """Candidates for each wrong result, and the one that the values of a trial agree with."""
+    """Candidates for each wrong result. `reference`: the program up to the step that is replayed."""
 
     def __init__(self, search: Search, field, reference: Program, groups: list[tuple[int, ...]]):
         self.search, self.watch, self.flow, self.field, self.groups = search, search.watch, search.flow, field, groups
@@ -48,7 +48,7 @@ class Expectations:
     def candidates(self, node: Node) -> list[Expected]:
         """The likeliest first."""
         shared = self._shared(node)
-        return [shared] if shared is not None else self._by_operands(node)
+        return [e for e in ([shared] if shared is not None else self._by_operands(node)) if e.home.call < len(self.ops)]
 
     def operand(self, node: Node, ref: TensorRef) -> Expected | None:
         """Where the reference has what a call reads."""
@@ -61,7 +61,7 @@ class Expectations:
         """Where the reference has what a call wrote."""
         held = self.watch.printed.get(node) or [(None, None)]
         found = self.watch.home(held[0][1]) if held[0][1] is not None else None
-        return Expected(*found) if found is not None else None
+        return Expected(*found) if found is not None and found[0].call < len(self.ops) else None
 
     def call(self, home: Home) -> OpCall:
         return self.ops[home.call]
@@ -86,7 +86,7 @@ class Expectations:
         out: list[Expected] = []
         for ref in (r for r in refs if is_float(r.dtype)):
             held = self.operand(node, ref)
-            if held is None:
+            if held is None or held.home.call >= len(self.ops):
                 continue
             if ref.numel == targets[0].numel and (call.collective is not None or self.search.status(node).startswith("x ")):
                 out.append(held)              # of a communication or a multiplication: what came in may be what is due

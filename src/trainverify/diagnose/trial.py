@@ -19,6 +19,7 @@ from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Compared, Comparison, Key
 from trainverify.relate.decisions import CHOOSES, is_idle
 from trainverify.relate.symbols import Binder, Symbols
+from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Decision, Hooks, Machine
 from trainverify.replay.run import World, replay
 
@@ -29,6 +30,11 @@ class Trial(Real):
     """float64 in which masks are values too: they follow the inputs."""
 
     name = "trial"
+
+    def opaque(self, tag: str, *args):
+        if tag not in self._functions:
+            raise ReplayError(f"{tag!r} has no known meaning")
+        return super().opaque(tag, *args)
 
 
 @dataclass(slots=True)

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainverify.algebra.real import RealValue
 from trainverify.diagnose.minimise import Minimiser
+from trainverify.diagnose.trial import Trial, _falls_alike
 from trainverify.engine.options import Options
+from trainverify.ir.trace import OpCall
+from trainverify.replay.machine import Decision
 from trainverify.report.counterexample import counterexample_lines
 from trainverify.verify import verify_spec
 
@@ -77,3 +81,30 @@ def test_minimising_is_bounded_and_ends_in_whole_numbers():
 def test_a_wrong_twin_is_reproduced_by_its_script(name, tmp_path):
     told, text = minimised(WRONG / f"{name}.py", tmp_path / "difference.py")
     assert told.minimised and told.nonzero < told.elements / 4 and told.trials > 8
+
+
+# ---- decisions
+def decision(kind: str, *operands) -> Decision:
+    values = tuple(RealValue(torch.tensor(o, dtype=torch.float64)) for o in operands)
+    return Decision(0, CALL, kind, {Trial.name: values}, None)
+
+
+CALL = OpCall(0, "aten.topk.default", (), {}, None)
+
+
+@pytest.mark.parametrize(("kind", "old", "new", "alike"), [
+    ("topk", [[[0.1, 0.9, 0.5]]], [[[1.0, 3.0, 2.0]]], True),
+    ("topk", [[[0.1, 0.9, 0.5]]], [[[1.0, 2.0, 3.0]]], False),
+    ("topk", [[[0.1, 0.9, 0.5]]], [[[0.0, 0.0, 0.0]]], False),         # any of them might be taken
+    ("topk", [[[0.0, 0.0, 0.5]]], [[[0.0, 0.0, 1.0]]], True),
+    ("compare:gt", [0.2, 0.1], [3.0, 1.0], True),
+    ("compare:ge", [0.2, 0.1], [1.0, 1.0], False),
+    ("mask", [[0.0, 0.5]], [[0.0, 1.0]], True),
+    ("mask", [[0.0, 0.5]], [[0.0, 0.0]], False),
+    ("cast", [[1.2, -0.5]], [[1.0, 0.0]], True),
+    ("cast", [[1.2]], [[2.0]], False),
+    ("histc:4:0:1", [[0.2]], [[0.3]], False),                          # of a kind that is not looked into
+    ("histc:4:0:1", [[0.2]], [[0.2]], True),
+])
+def test_decisions_fall_as_recorded_or_the_trial_does_not_count(kind, old, new, alike):
+    assert _falls_alike(decision(kind, *old), decision(kind, *new)) is alike
