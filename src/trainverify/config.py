@@ -64,7 +64,7 @@ def _span(file: Path, text: str, key: str) -> Span:
     lines = text.split("\n")
     start = next((i for i, line in enumerate(lines) if re.match(rf"\s*\[\s*{re.escape(TABLE)}\s*\]", line)), 0)
     found = next((i for i, line in enumerate(lines[start:], start) if key and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line)), start)
-    return Span(str(file), found + 1, "", phase="setup")
+    return Span(str(file), found + 1, "", phase="")
 
 
 # ---- the values; each raises ValueError with what is wrong

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from trainverify.capture.spec import load_spec, parse_case, spec_of
 from trainverify.capture import userframes
+from trainverify.capture.spec import load_spec, parse_case, spec_of
 from trainverify.capture.userframes import frame_text, is_user_file
 from trainverify.diagnostics import Fault
 
