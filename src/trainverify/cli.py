@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     lineage.set_defaults(run=_lineage)
 
     recheck = _command(commands, "recheck", "prove the obligations of a certificate again, with the kernel alone; with --traces the theorem itself",
-                       "exit codes:\n  0    every obligation is proved again (with --traces: and every output is PROVED)\n"
+                       "exit codes:\n  0    every obligation is proved again (with --traces: and every output)\n"
                        "  1    one is not, or the file is damaged, or it is not the traces' own\n  2    usage\n  3    with --traces: some output is UNKNOWN\n")
     recheck.add_argument("path", metavar="FILE", type=_file, help="what `trainverify verify --certificate FILE` wrote")
     recheck.add_argument("--traces", metavar="DIR", type=_folder, help="the folder from which the certificate was made: replay the programs too")
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, what: str, epilog: str = "") -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=epilog)
+    return commands.add_parser(name, help=what, description="\n".join(wrap("", f"{what[0].upper()}{what[1:]}.", WIDTH - 2)), epilog=epilog)
 
 
 def _capture_arguments(p: argparse.ArgumentParser) -> None:

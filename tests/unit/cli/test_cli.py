@@ -185,7 +185,7 @@ def test_options_are_written_out(engine, capsys):
     assert "unrecognized arguments: --form json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "verify", "capture", "recheck", "ops", "explain"])
+@pytest.mark.parametrize("command", ["", "verify", "capture", "lineage", "recheck", "ops", "explain"])
 def test_help_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
