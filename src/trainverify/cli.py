@@ -407,11 +407,16 @@ def _lineage(args: argparse.Namespace, argv: list[str]) -> int:
     from trainverify.report import lineage
     from trainverify.report.model import Report
     from trainverify.report.text import diagnostic_lines
+    fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
+    if fixed and args.path.is_dir():
+        return _usage(f"lineage: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
     args.steps = args.steps or 1
     table = _run(args, options := _options(args, _case_given(args)), "lineage_table", args.path, options)
     if isinstance(table, Report):
         print("\n".join(line for d in table.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
         return table.exit_code
+    if beyond := [r for r in args.rank if not 0 <= r < table.ranks]:
+        return _usage(f"lineage: error: there is no rank {beyond[0]}: the program has ranks 0 to {table.ranks - 1}")
     found = lineage.selected(table, args.rank, args.op)
     with _printing():
         sys.stdout.write(lineage.encode(found).decode() if args.format == "json" else lineage.render(found))

@@ -65,6 +65,13 @@ def test_the_command_writes_json(capsys, tmp_path, monkeypatch):
     assert {x["rank"] for x in told["lineages"]} == {1} and all(x["reference_op"] for x in told["lineages"])
 
 
+def test_options_that_do_not_fit_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traces").mkdir()
+    assert main(["lineage", "traces", "--steps", "2"]) == 2 and "--steps is for a capture" in capsys.readouterr().err
+    assert main(["lineage", str(SPEC), "--rank", "2", "-q"]) == 2 and "no rank 2" in capsys.readouterr().err
+
+
 # ---- single relations, on numbers that stand for fingerprints
 def relation(held: np.ndarray, ours: np.ndarray):
     flat = held.reshape(-1)
