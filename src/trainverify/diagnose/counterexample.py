@@ -23,7 +23,7 @@ from trainverify.replay.errors import ReplayError
 from trainverify.report.model import Counterexample, Finding, Step
 
 MOST_TRIALS, FEWEST_TRIALS = 150, 8
-MOST_WORK = 200_000                           # calls of all trials together, a thousand elements counting as one
+MOST_WORK = 300_000                           # calls of all trials together, a thousand elements counting as one
 LEAST, CLEAR = 1e-9, 0.1                      # a relative difference that counts at all; the part of the recorded difference that is to remain
 MOST_STEPS, MOST_VALUES, MOST_INPUTS = 4, 4, 24
 SLICE_LACKS = (ReplayError, RuntimeError, KeyError, ValueError)   # what a call that was left out and is needed makes of a replay
