@@ -10,7 +10,7 @@ class CaptureOptions:
     """steps: how often step() is called; seed: of the symbols' tagged values; timeout: seconds of wall clock for each side;
     workdir: where traces and the checkpoint go (None: a temporary folder, removed when the programs have been read);
     ranks, case: as in the spec where None or empty; second_run: look for values that change without provenance (None: if any left);
-    nudge: in a second run, symbols' values close to the first's."""
+    nudge: in a second run, symbols' values close to the first's; digit: in further runs, which digit 16 bit symbols show (-1: none)."""
 
     steps: int = 2
     seed: int = 0
@@ -20,3 +20,4 @@ class CaptureOptions:
     case: dict = field(default_factory=dict)
     second_run: bool | None = None
     nudge: int = 0
+    digit: int = -1

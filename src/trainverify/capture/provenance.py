@@ -45,12 +45,12 @@ def is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat", "complex"))
 
 
-def _has_tags(dtype: str) -> bool:
+def has_tags(dtype: str) -> bool:
     """Whether symbols may be of this type."""
     return dtype in _FLOATS or dtype == "bfloat16"
 
 
-def _width(dtype: str) -> int:
+def width(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else np.dtype(_FLOATS[dtype]).itemsize
 
 
@@ -68,8 +68,8 @@ def _leaves(trace: Trace, blobs: dict, table: TagTable) -> bool:
         if ref.storage not in seen:
             seen.add(ref.storage)
             raw = blobs.get(f"init.{ref.storage}")
-            if raw is not None and _has_tags(ref.dtype):
-                usable = raw[: len(raw) // _width(ref.dtype) * _width(ref.dtype)]
+            if raw is not None and has_tags(ref.dtype):
+                usable = raw[: len(raw) // width(ref.dtype) * width(ref.dtype)]
                 if (table.decode(decoded(np.ascontiguousarray(usable), ref.dtype)) >= 0).any():
                     tainted.add(ref.storage)
         return ref.storage in tainted
@@ -225,22 +225,30 @@ class _Marker:
         a, b = (np.ascontiguousarray(x[f"init.{ref.storage}"]) if f"init.{ref.storage}" in x else None for x in (self.both.blobs, self.both.other_blobs))
         if a is None or b is None or (len(a) == len(b) and (a == b).all()) or call.name == "tv.symbol":
             return
-        if _has_tags(ref.dtype):
-            n = len(a) // _width(ref.dtype) * _width(ref.dtype)
+        if has_tags(ref.dtype):
+            n = len(a) // width(ref.dtype) * width(ref.dtype)
             mine, theirs = (decoded(x[:n], ref.dtype) for x in (a, b))
-            explained = len(a) == len(b) and ((mine == theirs) | ((self.both.table.decode(mine) >= 0) & (self.both.table.decode(mine) == self.both.other_table.decode(theirs)))).all()
+            explained = len(a) == len(b) and ((mine == theirs) | ((self.both.table.decode(mine) >= 0) & (self.both.table.decode(mine) == self.both.other_table.decode(theirs)))
+                                              | self._by_digits(ref.storage, theirs)).all()
             if explained and (a[n:] == b[n:]).all():
                 return
         self._note("CAP006", call, f"data that {_short(call)} reads changes with the weights, by a way that is not tracked")
         self.found += 1
-        if _has_tags(ref.dtype):
-            item = _width(ref.dtype)
+        if has_tags(ref.dtype):
+            item = width(ref.dtype)
             whole = TensorRef(ref.storage, 0, (len(a) // item,), (1,), ref.dtype)
             # Contents that the capture knows and the algebras do not: an uninitialised tensor with recorded bytes.
             self.out.append(OpCall(-1, "aten.empty.memory_format", (), {}, whole, (), call.span, rng=True))
             self.both.blobs["rng.-1.0." + str(len(self.out))] = a[: whole.numel * item]
         else:
             self._branch(call)
+
+    def _by_digits(self, storage: int, theirs: np.ndarray) -> np.ndarray:
+        """Where the contents, of symbols whose tags repeat (capture/digits.py), are the same symbols' values in the other capture."""
+        numbers = self.both.blobs.get(f"from.{storage}")
+        if numbers is None:
+            return np.zeros(len(theirs), dtype=bool)
+        return (numbers >= 0) & (self.both.other_table.values[numbers] == theirs)
 
     def _branch(self, call: OpCall, verdict: str = "") -> None:
         if verdict == "shape":

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainverify.api import Reference, Training
+from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.groups import process_groups
 from trainverify.capture.model import chunks_of
@@ -132,6 +133,8 @@ def capture(spec: Spec, options: Any = CaptureOptions(), progress: Callable | No
                              getattr(options, "second_run", None))
     with _folder(options.workdir) as folder:
         done = _capture_both(spec, options, folder, progress)
+        if done.parallel is not None and needed(done.reference, done.parallel):
+            _tell_apart(spec, options, folder, progress, done)
         if done.parallel is not None and options.second_run is not False:
             _look_for_changes(spec, options, folder, progress, done)
     return done
@@ -144,6 +147,18 @@ def _capture_both(spec: Spec, options: CaptureOptions, folder: Path, progress: C
     if reference.program is not None:
         done.add("parallel", capture_parallel(spec, reference, options.case, options, folder, progress))
     return done
+
+
+def _tell_apart(spec: Spec, options: CaptureOptions, folder: Path, progress: Callable | None, done: Captured) -> None:
+    """Loaded 16 bit weights whose tags repeat: further captures show which is which."""
+    started = time.perf_counter()
+    told = (lambda phase, detail="", fraction=None: progress("capture digits", detail, fraction)) if progress else None
+    with tempfile.TemporaryDirectory(prefix="trainverify-", dir=folder) as again:
+        captures = [_capture_both(spec, replace(options, digit=k), Path(again), told) for k in range(DIGITS)]
+        if tell_apart(done, captures):
+            for side in ("reference", "parallel"):
+                save_program(getattr(done, side), folder / side)
+    done.phases.append(Phase("capture digits", time.perf_counter() - started, f"{DIGITS} times with other 16 bit values"))
 
 
 def _look_for_changes(spec: Spec, options: CaptureOptions, folder: Path, progress: Callable | None, done: Captured) -> None:
@@ -237,7 +252,7 @@ class _Session:
     def __init__(self, side: str, rank: Rank, options: Any, base: Path, symbols: bool):
         self.options, self.base, self.rank = options, base, rank
         self.recorder = Recorder(side, rank.rank, rank.world_size, rank.channel)
-        self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0))) if symbols else None
+        self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0), getattr(options, "digit", -1))) if symbols else None
         self.outputs = Outputs(self.recorder, self.symbols)
         self.stepped = (0, 0.0)
         self.meshes: list[DeviceMesh] = []

@@ -17,6 +17,8 @@ _NARROW_ZEROS = 13                            # low bits of an fp32 number that 
 _NARROW_LIMIT = 1024                          # more elements than that cannot be distinct near each other
 _LARGEST = 1e38
 _NUDGE = 2.0 ** -15                            # relative; a few distinct fp32 numbers with checksum away
+BASE = 1024                                    # of digits that 16 bit tags show
+_STEPS, _OCTAVE = 128, -5                  # numbers of 8 significant bits from 2^-5 down: the same in bfloat16 and in float16
 WIDE, NARROW = ("float32", "float64"), ("bfloat16", "float16")
 
 
@@ -29,10 +31,12 @@ class Tags:
 
 
 class Tagger:
-    """Hands out tags; remembers all that it gave. nudge: other tags, those of 32 bits and more close to what they are without."""
+    """Hands out tags; remembers all that it gave. nudge: other tags, those of 32 bits and more close to what they are without.
+    digit: 16 bit tags show this digit of the element's number (capture/digits.py)."""
 
-    def __init__(self, seed: int, nudge: int = 0):
+    def __init__(self, seed: int, nudge: int = 0, digit: int = -1):
         self._seed, self._nudge, self._blocks = seed, nudge, 0
+        self._digit, self._numbered = digit, 0
         self._random = np.random.default_rng([seed, 0x7A6])
         self._wide = np.zeros(1 << (32 - _CHECK_BITS), dtype=bool)      # which numbers were given, by their bits above the checksum
         self._narrow = np.zeros(1 << (32 - _NARROW_ZEROS), dtype=bool)  # ... by the bits that a 16 bit float has
@@ -44,6 +48,9 @@ class Tagger:
         self._random = np.random.default_rng([self._seed, 0x7A6, self._blocks])
         if dtype in WIDE:
             return Tags(self._apart(self._nudged(self._near(base, positive, 1.0)).astype(np.float32)), True)
+        if self._digit >= 0:
+            self._numbered += base.size
+            return Tags(digit_values(np.arange(self._numbered - base.size, self._numbered), self._digit), True)
         if self._nudge:
             self._random = np.random.default_rng([self._seed, 0x7A6, self._blocks, self._nudge])
         make = _NARROW[dtype]
@@ -145,13 +152,28 @@ def _float16(x: np.ndarray) -> np.ndarray:
 _NARROW = {"bfloat16": _bfloat16, "float16": _float16}
 
 
+def digit_values(numbers: np.ndarray, digit: int) -> np.ndarray:
+    """The fp32 values that show one digit of these numbers."""
+    d = numbers // BASE ** digit % BASE
+    return (np.ldexp(1.0 + d % _STEPS / _STEPS, _OCTAVE - d // _STEPS) * (-1.0) ** digit).astype(np.float32)
+
+
+def digits_of(values: np.ndarray, digit: int) -> np.ndarray:
+    """The digits that fp32 values show, -1 where they show none."""
+    mantissa, exponent = np.frexp(np.nan_to_num(values.astype(np.float64) * (-1.0) ** digit, nan=0.0, posinf=0.0, neginf=0.0))
+    m, octave = (2.0 * mantissa - 1.0) * _STEPS, _OCTAVE - (exponent - 1)
+    fits = (mantissa > 0) & (m == np.floor(m)) & (octave >= 0) & (octave < BASE // _STEPS)
+    return np.where(fits, octave * _STEPS + m, -1).astype(np.int64)
+
+
 class TagTable:
     """From values back to symbols: blocks of symbols in the order of their definition, numbered one after the other."""
 
     def __init__(self, blocks: list[tuple[str, np.ndarray]]):
         self.names = [name for name, _ in blocks]
         self.first = np.cumsum([0] + [v.size for _, v in blocks])[:-1]
-        bits = np.concatenate([v.reshape(-1).astype(np.float32) for _, v in blocks] or [np.empty(0, np.float32)]).view(np.uint32)
+        self.values = np.concatenate([v.reshape(-1).astype(np.float32) for _, v in blocks] or [np.empty(0, np.float32)])
+        bits = self.values.view(np.uint32)
         order = np.argsort(bits, kind="stable")
         shared = np.zeros(bits.shape, dtype=bool)
         same = bits[order][1:] == bits[order][:-1]

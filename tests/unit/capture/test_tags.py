@@ -1,8 +1,9 @@
 """Tags are distinct, near the initial values, recognisable, and decode to their symbols."""
 import numpy as np
 import pytest
+import torch
 
-from trainverify.capture.tags import Tagger, TagTable, is_checksummed
+from trainverify.capture.tags import BASE, Tagger, TagTable, digit_values, digits_of, is_checksummed
 
 
 def test_distinct_over_all_tensors_and_near():
@@ -82,3 +83,24 @@ def test_nudged_tags_are_others_close_by():
     first, second = (Tagger(5, nudge).tag(initial, "float32").values for nudge in (0, 1))
     assert (first != second).all() and is_checksummed(second).all() and np.unique(second).size == 2000
     assert np.allclose(first, second, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("digit", [0, 1])
+def test_digits_of_numbers_survive_sixteen_bits(digit):
+    numbers = np.arange(BASE ** 2)
+    values = digit_values(numbers, digit)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert (torch.from_numpy(values).to(dtype).float().numpy() == values).all()
+    assert (digits_of(values, digit) == numbers // BASE ** digit % BASE).all()
+    assert (digits_of(values, 1 - digit) == -1).all()
+
+
+def test_ordinary_numbers_are_no_digits():
+    assert (digits_of(np.array([0.0, 1.0, 0.1, -0.5, np.nan, np.inf, 1e-9], np.float32), 0) == -1).all()
+
+
+def test_digit_tags_number_the_narrow_symbols():
+    low, high = ([Tagger(0, digit=k).tag(np.zeros(3000), "bfloat16") for k in (0, 1)])
+    assert low.distinct and (digits_of(low.values, 0) + BASE * digits_of(high.values, 1) == np.arange(3000)).all()
+    wide = [Tagger(0, digit=k).tag(np.ones(5), "float32").values for k in (-1, 0)]
+    assert (wide[0] == wide[1]).all()
