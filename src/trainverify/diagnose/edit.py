@@ -12,7 +12,7 @@ from fractions import Fraction
 import msgspec
 
 from trainverify.diagnose.dataflow import Node
-from trainverify.ir.trace import Collective, OpCall, Program, ScalarRef, TensorRef, Trace
+from trainverify.ir.trace import Arg, Collective, OpCall, Program, ScalarRef, Sequence, TensorRef, Trace
 
 NAME = "repair"                               # of the group that inserted collectives meet in: no recorded group has this name and number
 
@@ -76,6 +76,17 @@ def reducing(call: OpCall, op: str) -> OpCall:
 
 def sent_to(call: OpCall, peer: int) -> OpCall:
     return _with(call, msgspec.structs.replace(call.collective, peer=peer))
+
+
+def reading(call: OpCall, instead: dict[TensorRef, TensorRef]) -> OpCall:
+    """The call with other regions read, and with views of those made."""
+    def other(a: Arg) -> Arg:
+        if isinstance(a, Sequence):
+            return Sequence(tuple(other(x) for x in a.items))
+        return instead.get(a, a) if isinstance(a, TensorRef) else a
+    new = msgspec.structs.replace(call, args=tuple(map(other, call.args)), kwargs={k: other(a) for k, a in call.kwargs.items()}, outs=other(call.outs))
+    c = call.collective
+    return new if c is None else _with(new, msgspec.structs.replace(c, inputs=tuple(instead.get(i, i) for i in c.inputs)))
 
 
 def _with(call: OpCall, collective: Collective) -> OpCall:

@@ -11,7 +11,7 @@ from trainverify.ir.trace import OpCall, TensorRef
 
 Occurrence = dict[int, Node]                  # rank -> its call: what all ranks do at one line, the same time round
 Family = dict[int, tuple[int, ...]]           # rank -> its group, of groups that divide the ranks
-MOST_ABOVE, MOST_LEVELS = 400, 40
+MOST_ABOVE, MOST_LEVELS = 2000, 60
 
 
 class Places:
