@@ -1,0 +1,31 @@
+"""The table of the bug benchmark counts what it says."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[3] / "bench" / "bugs.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_bugs", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(id, verdict="PROVED", alarm=False, **broken):
+    right = {"found": True, "line": True, "diagnosis": True, "repairable": True, "repaired": True, "seconds": 2.0, **broken}
+    return {"id": id, "broken": None if id[0] == "X" else right, "fixed": {"verdict": verdict, "alarm": alarm}}
+
+
+def test_table(bench):
+    rows = [row("A1"), row("A2", line=False, repaired=False), row("B1", "UNKNOWN", repairable=False, repaired=False), row("X1", "REFUTED", True)]
+    lines = [line.split() for line in bench.table(rows).split("\n")]
+    by_class = {line[0]: line[-8:] for line in lines[2:]}
+    assert by_class["A"] == ["2", "2/2", "1/2", "2/2", "1/2", "2/2", "0", "4"]
+    assert by_class["B"] == ["1", "1/1", "1/1", "1/1", "0/0", "0/1", "0", "2"]
+    assert by_class["X"] == ["0", "0/0", "0/0", "0/0", "0/0", "0/1", "1", "0"]
+    assert by_class["all"] == ["3", "3/3", "2/3", "3/3", "1/2", "2/4", "1", "6"]
+    assert bench.misses(rows) == ["  A2: line, repair", "  X1: ALARM ON THE CORRECT PROGRAM"]
