@@ -25,7 +25,9 @@ def verify(dtype, change=lambda weights: weights):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def step():
-            model(batch["ids"]).float().square().sum().backward()
+            loss = model(batch["ids"]).float().square().sum()
+            loss.backward()
+            print(loss.item())                # has everything captured once more, with other values
             optimizer.step()
         return tv.Training(model, step, batch=batch)
 

@@ -19,6 +19,7 @@ import torch
 
 from trainverify.capture import cuda_stubs
 from trainverify.capture.patches import Patches
+from trainverify.capture.quiet import unseen
 from trainverify.capture.reentry import ReentrantMode
 from trainverify.capture.userframes import call_through, is_user_file
 
@@ -295,7 +296,7 @@ class _Shim:
         replacements = {load: load_on_cpu}
         safetensors = sys.modules.get("safetensors.torch")
         if safetensors is not None:
-            replacements[safetensors.load_file] = _reads_on_cpu(safetensors.load_file, 1)
+            replacements[safetensors.load_file] = _unseen(_reads_on_cpu(safetensors.load_file, 1))
             replacements[safetensors.safe_open] = _reads_on_cpu(safetensors.safe_open, 2)
             for owner, name in ((safetensors, "load_file"), (safetensors, "safe_open"), (sys.modules["safetensors"], "safe_open")):
                 self.patches.set(owner, name, replacements[getattr(owner, name)])
@@ -310,6 +311,14 @@ def _reads_on_cpu(function, position: int):
         elif len(args) > position:
             args = (*args[:position], _on_cpu(args[position]), *args[position + 1:])
         return function(*args, **kwargs)
+    return reader
+
+
+def _unseen(function):
+    """A reader of files looks at bytes of them, which decide nothing; what it returns is known by its values."""
+    def reader(*args, **kwargs):
+        with unseen():
+            return function(*args, **kwargs)
     return reader
 
 
