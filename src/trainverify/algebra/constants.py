@@ -143,6 +143,7 @@ class Constants:
         self._data: list[np.ndarray] = []     # float32 data of the reference with many significant bits
         self._reference_data = np.zeros(0)
         self._reference_array = np.zeros(0)
+        self._literals: dict[float, set[float]] = {}   # of the reference, by what they stand for
         self._scalars: list[Entry] = []       # irrational scalars, not from tables
         self._merged: dict[tuple[float, float, object], Rounding] = {}
         self._sqrt_pi = self._atom("sqrt(pi)")
@@ -264,11 +265,24 @@ class Constants:
 
     # ---- scalars and data
     def scalar(self, x: float) -> float:
-        """Canonical content of a Python float."""
-        t = torch.tensor(x, dtype=torch.float64)
-        if bool(is_short(t)) or (x == round(x) and abs(x) < _EXACT_WHOLE):
+        """Canonical content of a Python float. One that PyTorch rounded to float32 on its way (an epsilon of 9.999999747378752e-06) is
+        the literal that it came from."""
+        v = abs(x)
+        if x == round(x) and v < _EXACT_WHOLE or bool(is_short(torch.tensor(x, dtype=torch.float64), _SNAPPED)):
             return x
-        return math.copysign(self._entry(abs(x), None, 1, True), x)
+        literal = rational_float32(v) if float(np.float32(v)) == v else None
+        if literal is None and _is_exact(v):
+            return x
+        value = v if literal is None else literal.numerator / literal.denominator
+        self._note_literal(v, value)
+        return math.copysign(self._entry(value, None, 1, True), x)
+
+    def _note_literal(self, v: float, value: float) -> None:
+        """Literals of the parallel side that the reference has rounded, or not rounded, are an assumption."""
+        if not self.parallel:
+            self._literals.setdefault(value, set()).add(v)
+        elif v not in self._literals.get(value, {v}):
+            self._note(v, value, 1)
 
     def scalar_float32(self, x: float) -> float:
         """Canonical content of a 0-d float32 tensor."""

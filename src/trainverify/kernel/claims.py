@@ -29,6 +29,7 @@ SHORT = 4                                     # operands
 DEPTH = 24                                    # unfoldings in a row
 DEEPEST = 400                                 # operations above each other that unfolding may reach
 NESTING = 120                                 # operations above each other in a written-out term
+LOOK = 300                                    # identifiers at which a look for others below stops
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 PATIENCE = 600_000                            # effort of a whole run on claims that fail, after which leaves are unfolded no more
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
@@ -418,34 +419,54 @@ class Claims:
         return ok
 
     def _choice(self, ids: np.ndarray, names: np.ndarray, split: int) -> set[int]:
-        """Names of the newest leaf that one side alone has (or whose definition comes to such a leaf soon), and of all of the same call."""
+        """Names of the newest leaf that one side alone has (or whose definition comes to such a leaf soon), and of all that are made like it.
+
+        If both sides have the same: of the newest whose definition comes to another leaf, for only such leaves depend on each other. What a
+        maximum is of seldom matters (it is subtracted before exp): those come last.
+        """
         store = self.store
         by_name = dict(zip(names.tolist(), ids.tolist()))
         left, right = set(names[:split].tolist()), set(names[split:].tolist())
-        open_ = {n for n, i in by_name.items() if store.code[i] > 0 and not self._stubborn[i]}
+        every = {n for n, i in by_name.items() if store.code[i] > 0 and not self._stubborn[i]}
+        open_ = {n for n in every if store.ops[store.code[by_name[n]]][0][0] != "max"}
         alone = left ^ right
         candidates = open_ & alone
         if candidates:
             strangers = {by_name[n] for n in alone}
-            candidates |= {n for n in open_ & left & right if self._mentions(by_name[n], strangers)}
+            joining = {n for own, other in ((left, right), (right, left)) for n in candidates & own
+                       if self._mentions(by_name[n], {by_name[m] for m in alone & other}, 4)}
+            reach = 1 if joining else 2
+            both = {n for n in open_ & left & right if (reach > 1 or self._is_short(by_name[n])) and self._mentions(by_name[n], strangers, reach)}
+            candidates = (joining or candidates) | both
         else:
-            candidates = open_
-        # what a maximum is of seldom matters: it is subtracted before exp
-        candidates = {n for n in candidates if store.ops[store.code[by_name[n]]][0][0] != "max"} or candidates
+            leaves = set(by_name.values())
+            candidates = {n for n in open_ if self._mentions(by_name[n], leaves, 4)} or open_ or every
         if self._short_first:
-            candidates = {n for n in candidates if len(self._operands(by_name[n])) <= SHORT} or candidates
+            candidates = {n for n in candidates if self._is_short(by_name[n])} or candidates
         if not candidates:
             return set()
-        newest = by_name[max(candidates, key=by_name.__getitem__)]
-        origin, code = store.origin[newest], store.code[newest]
-        return {n for n in candidates if store.origin[by_name[n]] == origin and store.code[by_name[n]] == code}
+        newest = self._made(by_name[max(candidates, key=by_name.__getitem__)])
+        return {n for n in candidates if self._made(by_name[n]) == newest}
 
-    def _mentions(self, i: int, strangers: set[int], depth: int = 2) -> bool:
-        """Whether one of some identifiers stands within so many definitions below i."""
-        below = self._operands(i)
-        if not strangers.isdisjoint(below):
-            return True
-        return depth > 1 and any(self.store.code[o] > 0 and self._mentions(o, strangers, depth - 1) for o in set(below))
+    def _is_short(self, i: int) -> bool:
+        return len(self._operands(i)) <= SHORT
+
+    def _made(self, i: int) -> tuple:
+        """The call and the operation that made an identifier; of a short operation also what its operands are, since one call can make scores
+        and probabilities, both of them products."""
+        store, operands = self.store, self._operands(i)
+        return int(store.origin[i]), int(store.code[i]), sorted(store.code[operands].tolist()) if len(operands) <= SHORT else []
+
+    def _mentions(self, i: int, strangers: set[int], depth: int) -> bool:
+        """Whether one of some identifiers stands within so many definitions below i, as far as a short look finds."""
+        seen, layer = {i}, [i]
+        while depth and layer and len(seen) < LOOK:
+            below = {o for j in layer for o in self._operands(j)} - seen
+            if not strangers.isdisjoint(below):
+                return True
+            seen |= below
+            layer, depth = [o for o in below if self.store.code[o] > 0], depth - 1
+        return False
 
     def _operands(self, i: int) -> Sequence[int]:
         code = int(self.store.code[i])

@@ -21,6 +21,7 @@ ERRORS = (ArithmeticError, ValueError)        # overflow, division by zero, doma
 # (least, greatest magnitude in 1/32, share of negative values); None: small integers, where zeros and ties are
 REGIONS = ((16, 64, 0.0), (4, 64, 1.0), None, (4, 64, 0.5), (4, 64, 0.5), (1, 8, 0.0), (1, 8, 0.5), None, (32, 200, 0.2), (16, 64, 0.3), (1, 64, 0.7))
 NEAR = Decimal("1e-20")
+FOLDED = frozenset({"sqrt", "max", "compare"})
 
 
 class Undefined(Exception):
@@ -245,9 +246,12 @@ class Filter:
         return abs(a2 - b2) <= NEAR * (1 + abs(a2) + abs(b2))
 
 
-def refuting_point(obligation: Obligation, agreements: int = 3, tries: int = 24) -> Point | int:
-    """A point that refutes, else the number of points (at most `agreements`) at which both sides are defined and agree."""
+def refuting_point(obligation: Obligation, agreements: int = 3, tries: int = 33) -> Point | int:
+    """A point that refutes, else the number of points at which both sides are defined and agree: at most `agreements`, and as many as there are
+    where a sign can decide (sqrt(x x) is x at half of all points)."""
     filter_ = Filter(obligation)
+    if any(n.kind in FOLDED for n in obligation.nodes):
+        agreements = tries
     agreed = 0
     for precise in (False, True):             # floats first; if they overflow everywhere, decimals
         for leaves in points(obligation, tries):
