@@ -165,7 +165,7 @@ def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: 
 
 def _work(proof: Proof) -> str:
     c = proof.counts
-    return f"{c.get('obligations', 0):,} distinct obligations, {c.get('rows', 0):,} elements" if c else ""
+    return f"{len(proof.obligations):,} distinct obligations proved of {c.get('obligations', 0):,} tried, {c.get('rows', 0):,} elements" if c else ""
 
 
 @dataclass(slots=True)
