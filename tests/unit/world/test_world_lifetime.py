@@ -15,8 +15,10 @@ LIMIT = 60.0
 
 # Each rank starts a grandchild, writes both process numbers, and waits for ever.
 PARENT = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from trainverify.capture.world import run_world
+
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a job in the background of a shell inherits that it is ignored
 
 def child(rank):
     sleeper = subprocess.Popen(["sleep", "1000"])
