@@ -31,7 +31,7 @@ DEEPEST = 400                                 # operations above each other that
 NESTING = 120                                 # operations above each other in a written-out term
 LOOK = 300                                    # identifiers at which a look for others below stops
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
-PATIENCE = 600_000                            # effort of a whole run on claims that fail, after which leaves are unfolded no more
+PATIENCE = 200_000                            # effort that a run may lose to claims that fail, plus half the number of identifiers; then it unfolds no more
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SUMS = 32                                     # rows of a call that are tried as long sums
 CHUNK = 1 << 21                               # leaves that are named at once
@@ -391,7 +391,7 @@ class Claims:
     def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> np.ndarray:
         """Replace some leaves by their definitions and settle what results."""
         none = np.zeros(len(rows), bool)
-        if self.wasted >= PATIENCE:
+        if self.wasted >= PATIENCE + self.store.n // 2:
             self.counts["impatient"] += len(rows)
             return none
         if len(rows) > 4 * PILOT:
