@@ -1,4 +1,5 @@
 """Where a program is undefined (0/0, inf - inf, a logarithm of a negative) it equals nothing; uninitialised memory neither."""
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -75,6 +76,7 @@ def test_mean_over_no_token():
     assert_equal(compare_forward(total, with_guarded_microbatch))
 
 
+@pytest.mark.slow
 def test_quotient_of_equals():
     """Equal where it is defined; it is not defined for all weights."""
     def reciprocal(h):
