@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 TRAINVERIFY := $(VENV)/bin/trainverify
-PYTEST := $(VENV)/bin/python -m pytest
+# As many tests at a time as there are cores; one that is done takes over what waits for another.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist worksteal
 # The ranks of a program under verification and the test process share few cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -25,7 +26,7 @@ test: setup
 	$(PYTEST) -m 'not slow and not corpus'
 
 test-all: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not corpus'
 
 # Every program of the bug corpus and of tests/programs, right and wrong (about an hour; each change runs a sample of them).
 test-bugs: setup

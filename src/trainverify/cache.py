@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import msgspec
 
+from trainverify.diagnostics import Diagnostic
 from trainverify.engine.options import Options
 from trainverify.ir.digest import digest
 from trainverify.ir.trace import Program
@@ -25,9 +27,9 @@ KEEP = 64                                     # reports; the oldest go first
 OF_THE_RUN = ("phases", "seconds", "peak_memory", "versions", "rerun", "spec")      # are never taken from another one
 
 
-def key(reference: Program, parallel: Program, options: Options) -> str:
-    """The address of a verdict."""
-    asked = (options.seed, options.accept, options.repair)
+def key(reference: Program, parallel: Program, options: Options, captured: Sequence[Diagnostic]) -> str:
+    """The address of a verdict on two programs and on what their capture said."""
+    asked = (options.seed, options.accept, options.repair, msgspec.json.encode(captured))
     return hashlib.blake2b(repr((digest(reference), digest(parallel), asked, installation())).encode(), digest_size=20).hexdigest()
 
 
@@ -61,8 +63,8 @@ def recall(address: str, report: Report) -> bool:
 
 
 def remember(address: str, report: Report) -> None:
-    """Keep a report. A folder that cannot be written keeps nothing."""
-    if report.verdict == "ERROR":
+    """Keep a report, but for one of a run that failed or that lost its proof: the next may not. A folder that cannot be written keeps nothing."""
+    if report.verdict == "ERROR" or any(d.code == "PROVE001" for d in report.diagnostics):
         return
     try:
         FOLDER.mkdir(parents=True, exist_ok=True)

@@ -201,7 +201,7 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
     """Fill the report: with what an earlier run found for identical programs, or anew."""
     from trainverify import cache
 
-    address = cache.key(reference, parallel, options) if cache.is_used(options, extra_rows) else ""
+    address = cache.key(reference, parallel, options, report.diagnostics) if cache.is_used(options, extra_rows) else ""
     if address and cache.recall(address, report):
         return
     _analyse_anew(report, reference, parallel, extra_rows, options, progress)

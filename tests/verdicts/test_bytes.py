@@ -57,6 +57,15 @@ def test_a_float_is_not_another_float_of_the_same_width():
     assert_unknown(report, "OPS006", line_of(strange, "view"))
 
 
+def test_masks_that_are_read_several_at_once_are_not_cast_one_by_one():
+    def pairs(h):
+        return h * (h > 0).view(torch.int16).float().sum()
+
+    def again(h):
+        return h * (2 * h > 0).view(torch.int16).float().sum()
+    assert_unknown(compare_forward(pairs, again), "OPS006", line_of(pairs, "view"), line_of(again, "view"))
+
+
 def test_bits_of_a_float_are_no_constants():
     def bits(h):
         exponents = h.detach().view(torch.int32) >> 23

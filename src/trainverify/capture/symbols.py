@@ -166,7 +166,7 @@ class Symbols:
                 raise Fault(Diagnostic("SPEC009", f"Training.batch holds a {type(leaf).__name__}", fix="Use dicts, lists, tuples, tensors, numbers and strings."))
         try:
             return pytree.treespec_dumps(structure), leaves
-        except (NotImplementedError, TypeError, ValueError) as e:
+        except (NotImplementedError, TypeError, ValueError) as e:   # what torch raises for a container class that it cannot write down
             raise Fault(Diagnostic("SPEC009", f"Training.batch has a container that cannot be handed over: {e}", fix="Use dicts, lists and tuples.")) from e
 
 

@@ -252,10 +252,10 @@ def _at(flow: Dataflow, node: Node) -> str:
 
 
 def _evaluated(op, args: list, kwargs: dict) -> tuple[torch.Tensor, bool] | None:
-    """(the first result, whether there are several), None where torch refuses these arguments in float64."""
+    """(the first result, whether there are several), None where torch refuses these arguments in float64: then numbers are written."""
     try:
         got = op(*args, **kwargs)
-    except (RuntimeError, TypeError, NotImplementedError):
+    except (RuntimeError, TypeError):         # a kernel that lacks this type; an overload that lacks these arguments
         return None
     if isinstance(got, (tuple, list)):
         return (got[0], True) if got and isinstance(got[0], torch.Tensor) else None

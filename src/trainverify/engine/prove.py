@@ -35,7 +35,8 @@ class Proof:
     """What was proved: outputs of the reference of which every element that a rank holds is; why not, for the others.
 
     diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); accepted: places of
-    decisions that do not follow and that the user takes as matched (an assumption of the proof); counts: of the work; obligations: the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
+    decisions that do not follow and that the user takes as matched (an assumption of the proof); counts: of the work; obligations:
+    the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
     """
 
     proved: frozenset[Key] = frozenset()

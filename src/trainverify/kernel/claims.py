@@ -7,7 +7,7 @@ ones is a matter of success only. Rows of one shape are named canonically, so th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import count
@@ -97,7 +97,8 @@ class Claims:
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
         self._shape, self._at = np.zeros(0, np.int32), np.zeros(0, I64)
         self._pool, self._used = np.empty(1024, I64), 0
-        self.wasted = self._effort = 0                           # nodes of terms, and cells of rows by 64
+        self.wasted = self._effort = 0                           # nodes of terms, half the steps of proofs, and cells of rows by 64
+        self._below: dict[int, list[int]] = {}
         self._constants = 0
         self._stubborn = np.zeros(0, bool)                       # not proved to be what its fingerprint says
         self._short_first = self._too_large = False
@@ -377,7 +378,7 @@ class Claims:
             content = digest(obligation)
             if content not in self._by_content:
                 verdict = self._by_content[content] = prove(obligation)
-                self._effort += len(obligation.nodes)
+                self._effort += len(obligation.nodes) + verdict.steps // 2
                 self.counts["obligations"] += 1
                 if isinstance(verdict, Proved):
                     self.proofs[content] = verdict
@@ -433,8 +434,8 @@ class Claims:
         candidates = open_ & alone
         if candidates:
             strangers = {by_name[n] for n in alone}
-            joining = {n for own, other in ((left, right), (right, left)) for n in candidates & own
-                       if self._mentions(by_name[n], {by_name[m] for m in alone & other}, 4)}
+            across = [(candidates & own, {by_name[n] for n in alone & other}) for own, other in ((left, right), (right, left))]
+            joining = {n for mine, theirs in across for n in mine if self._mentions(by_name[n], theirs, 4)}
             reach = 1 if joining else 2
             both = {n for n in open_ & left & right if (reach > 1 or self._is_short(by_name[n])) and self._mentions(by_name[n], strangers, reach)}
             candidates = (joining or candidates) | both
@@ -468,9 +469,11 @@ class Claims:
             layer, depth = [o for o in below if self.store.code[o] > 0], depth - 1
         return False
 
-    def _operands(self, i: int) -> Sequence[int]:
-        code = int(self.store.code[i])
-        return self.store.operands(code, self.store.definition(np.array([i]), code))[0].tolist()
+    def _operands(self, i: int) -> list[int]:
+        if i not in self._below:
+            code = int(self.store.code[i])
+            self._below[i] = self.store.operands(code, self.store.definition(np.array([i]), code))[0].tolist()
+        return self._below[i]
 
     def _unfolded(self, shape: int, leaves: np.ndarray, positions: np.ndarray, limit: int) -> list[Group]:
         """Rows of one shape with the leaves at these positions replaced by their definitions."""

@@ -27,6 +27,7 @@ class Dictionary:
         self._structure = Structure(store)
         self._ids, self._ambiguous, self._others = HashTable(), HashTable(), HashTable()
         self._zero: int | None = None
+        self._is_ambiguous = False            # whether anything is; asked for every row
 
     def find(self, prints: np.ndarray) -> np.ndarray:
         return _look_up(self._ids, prints)
@@ -37,20 +38,22 @@ class Dictionary:
             self._zero = int(prints[ids == ZERO_ID][0])
 
     def ambiguous(self, prints: np.ndarray) -> np.ndarray:
-        return self._ambiguous.get(prints)[0] if self._ambiguous else np.zeros(len(prints), bool)
+        return self._ambiguous.get(prints)[0] if self._is_ambiguous else np.zeros(len(prints), bool)
 
     def find_other(self, code: int, rows: np.ndarray) -> np.ndarray:
         return _look_up(self._others, packed(self._structure.of_rows(code, rows)))
 
     def learn_other(self, prints: np.ndarray, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
         self._ambiguous.put(prints, ids[:, None])
+        self._is_ambiguous = self._is_ambiguous or bool(len(ids))
         self._others.put(packed(self._structure.of_rows(code, rows)), ids[:, None])
 
     def scales(self, index: np.ndarray, prints: Prints, code: int, rows: np.ndarray) -> Iterable[tuple[Fraction, np.ndarray]]:
         """(c, reps): rows[i], whose print is that of index[i], may be c * reps[i], or nothing where reps is -1."""
         some = index[np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(np.int64))]
-        zero = prints.of(index) == self._zero
-        structure = self._structure.of_rows(code, rows[zero]) if zero.any() and self.ambiguous(np.array([self._zero])).any() else None
+        zero, structure = np.zeros(0, bool), None
+        if self._zero is not None and self.ambiguous(np.array([self._zero])).any() and (zero := prints.of(index) == self._zero).any():
+            structure = self._structure.of_rows(code, rows[zero])
         for c in self.factors:
             if structure is not None:                            # zero over c is zero
                 others = np.full(len(index), -1, np.int64)

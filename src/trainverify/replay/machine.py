@@ -212,7 +212,7 @@ class Machine:
                 if not mem.reinterpreted(ref):
                     continue
                 have = mem.dtypes[ref.storage]
-                if have == "bool":                # the mask as numbers: as if it were cast
+                if have == "bool" and dtype_of(ref.dtype).itemsize == 1:      # the mask as numbers: as if it were cast
                     mask = TensorRef(ref.storage, ref.offset, ref.size, ref.stride, have)
                     self.decide(call, "cast", m, (mem.load(mask),), self.native.tensor(ref).clone())
                 elif not any(d.code == "OPS006" and d.span == self.span(call) for d in self.diagnostics):

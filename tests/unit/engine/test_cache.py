@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from trainverify import cache
+from trainverify.diagnostics import Diagnostic
 from trainverify.engine.options import Options
 from trainverify.ir.digest import digest
 from trainverify.ir.files import load_program
 from trainverify.report import text
+from trainverify.report.model import Report
 from trainverify.verify import capture_spec, verify_dir, verify_spec
 
 SPEC = '''
@@ -96,6 +98,18 @@ def test_damage_and_faults_are_not_recalled(spec):
     kept.unlink()
     spec.write_text(SPEC.replace('"gloo")', '"gloo"); 1 / 0'))
     assert verify_spec(spec, OPTIONS).verdict == "ERROR" and list(cache.FOLDER.iterdir()) == []
+
+
+def test_what_capture_said_and_a_lost_proof(spec):
+    capture_spec(spec, Path("traces"), OPTIONS)
+    programs = [load_program(f"traces/{side}") for side in ("reference", "parallel")]
+    told = Diagnostic("CAP002", "tags repeat", "warning")
+    assert cache.key(*programs, OPTIONS, []) == cache.key(*programs, OPTIONS, []) != cache.key(*programs, OPTIONS, [told])
+    lost = Report("UNKNOWN", diagnostics=[Diagnostic("PROVE001", "the process that proves was lost", "warning")])
+    cache.remember("lost", lost)
+    assert not cache.recall("lost", Report())
+    cache.remember("open", Report("UNKNOWN"))
+    assert cache.recall("open", Report())
 
 
 def test_traces_on_disk_and_the_digest_of_a_program(spec):
