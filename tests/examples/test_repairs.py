@@ -10,4 +10,4 @@ from trainverify.verify import verify_spec
 def test_a_wrong_twin_is_repaired():
     report = verify_spec(FOLDER / "wrong" / "norm_grads_reduced_twice.py", Options(steps=1))
     (repair,) = [f.repair for f in report.findings if f.repair is not None]
-    assert repair.verified and repair.text == f"remove the all_reduce at {FOLDER}/wrong/norm_grads_reduced_twice.py:22", repair
+    assert repair.verified and repair.text.startswith(f"remove the all_reduce at {FOLDER}/wrong/norm_grads_reduced_twice.py:22 "), repair
