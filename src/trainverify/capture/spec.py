@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainverify import adapters
 from trainverify.api import CustomOp
 from trainverify.capture.userframes import frame_text, frames_of_exception
 from trainverify.diagnostics import Diagnostic, Fault, Span
@@ -96,6 +97,7 @@ def load_spec(path: str | Path) -> Spec:
     folder = str(file.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    adapters.install()                         # before the spec imports a framework
     module = types.ModuleType(file.stem)
     module.__file__ = str(file)
     sys.modules[file.stem] = module            # functions and classes of the spec must be found by their module's name
@@ -113,6 +115,7 @@ def load_spec(path: str | Path) -> Spec:
 
 def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None, ops: Iterable[Any] = ()) -> Spec:
     """A spec from two functions, as a file would define them."""
+    adapters.install()
     names = {"reference": reference, "parallel": parallel, "RANKS": ranks, "OPS": list(ops)}
     return _spec("", getattr(getattr(parallel, "__code__", None), "co_filename", ""), names)
 

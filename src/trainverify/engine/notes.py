@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+import msgspec
+
 from trainverify.diagnostics import Diagnostic, Span
-from trainverify.ir.trace import Program
+from trainverify.ir.trace import Patched, Program
 
 NOT_RUN = {
     "NOTRUN": "",
@@ -69,7 +71,7 @@ def notes_of(*programs: Program) -> Notes:
             one.span = one.span or span
             if place:
                 one.places[place] = None
-    out = Notes([], [], [], details)
+    out = Notes(_patches(programs), [], [], details)
     for (code, text), one in sorted(found.items()):
         if code in NOT_RUN:
             out.not_run.append(_not_run(code, text, one))
@@ -80,6 +82,16 @@ def notes_of(*programs: Program) -> Notes:
         else:
             out.warnings.append(Diagnostic(code, text, "warning", one.span, tuple(sorted(one.ranks))))
     return out
+
+
+def _patches(programs: tuple[Program, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """What adapters replaced in frameworks, those of one reason together."""
+    decode = msgspec.json.Decoder(list[Patched]).decode
+    found: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for kept in dict.fromkeys(t.meta.get("patches", "[]") for p in programs for t in p.traces):
+        for p in decode(kept):
+            found[p.framework, p.reason][p.target] = None
+    return [(f"{framework}: {reason}", tuple(targets)) for (framework, reason), targets in sorted(found.items())]
 
 
 def _not_run(code: str, text: str, one: Noted) -> str:

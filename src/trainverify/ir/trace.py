@@ -166,6 +166,14 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
     span: int = -1
 
 
+class Patched(msgspec.Struct, frozen=True):
+    """Something of a framework, or of torch for its sake, that an adapter replaced: an assumption."""
+
+    framework: str
+    target: str
+    reason: str
+
+
 class Trace(msgspec.Struct):
     side: str                                 # reference | parallel
     rank: int
@@ -176,7 +184,7 @@ class Trace(msgspec.Struct):
     notes: list[Note] = []
     groups: list[Group] = []
     steps: int = 0
-    meta: dict[str, str] = {}                 # torch version, argv, case, seed; optimizers (JSON): settings of each group
+    meta: dict[str, str] = {}                 # torch version, argv, case, seed; optimizers (JSON): settings of each group; patches (JSON): see Patched
 
 
 class Program(msgspec.Struct):
