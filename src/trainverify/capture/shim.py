@@ -21,7 +21,7 @@ from trainverify.capture import cuda_stubs
 from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
 from trainverify.capture.reentry import ReentrantMode
-from trainverify.capture.userframes import call_through, is_user_file
+from trainverify.capture.userframes import call_through, calling_file, is_user_file
 
 NOTES: Mapping[str, str] = MappingProxyType({
     "CUDA001": "cuda devices are the cpu",
@@ -86,6 +86,9 @@ class DeviceMode(ReentrantMode):
             args = (args[0], f"cuda:{args[1]}", *args[2:])
         if func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
             args = (args[0], args[1].replace("torch.cuda.", "torch."), *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and is_user_file(calling_file(sys._getframe(1))):
+            self.note("CUDA003", "Tensor.type()")
+            return call_through(func, args, kwargs).replace("torch.", "torch.cuda.", 1)
         for a in args:
             if isinstance(a, (str, torch.device)):
                 args = tuple([self._rewritten(func, a) for a in args])

@@ -48,6 +48,13 @@ def call_through(func, args, kwargs):
     return func(*args, **kwargs)
 
 
+def calling_file(frame) -> str:
+    """The file of the first frame, from this one outwards, that is not ours: of whoever called the function that one of our modes handles."""
+    while frame.f_code.co_filename.startswith(_OURS) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_filename
+
+
 def frames_of_exception(error: BaseException) -> tuple[Frame, ...]:
     """The user's frames of a traceback, outermost first; a chained cause's where the exception itself has none."""
     frames = traceback.extract_tb(error.__traceback__)

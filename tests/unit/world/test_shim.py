@@ -110,6 +110,18 @@ def test_device_objects_keep_saying_cuda(notes):
         assert torch.ones(1, device=device).device.type == "cpu"
 
 
+def test_tensors_name_their_type_as_on_a_gpu(notes):
+    x = torch.ones(2)
+    with cuda_shim(notes):
+        assert x.type() == "torch.cuda.FloatTensor"            # what programs assert before they call a kernel
+        assert x.type(torch.float64).type() == "torch.cuda.DoubleTensor"
+        assert torch.ones(1).type(x.type()).dtype == torch.float32
+        library = {"x": x}
+        exec(compile("kind = x.type()", torch.__file__, "exec"), library)
+        assert library["kind"] == "torch.FloatTensor"
+    assert x.type() == "torch.FloatTensor" and ("CUDA003", "Tensor.type()") in notes.all
+
+
 def test_compiled_functions_run_eagerly(notes):
     calls = []
 
