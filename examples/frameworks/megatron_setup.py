@@ -1,0 +1,113 @@
+"""What the Megatron examples share: a small GPT, its data, and a training step made of megatron-core's own parts.
+
+The step is the one of Megatron's training loop: forward_backward_func (a pipeline schedule), with finalize_model_grads
+behind it, on a DistributedDataParallel; then the optimizer of get_megatron_optimizer, which clips. The reference is the
+same code at world size 1; the weights travel through dist_checkpointing, which shards them anew.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+import trainverify as tv
+
+VOCAB, LENGTH, ROWS, MICROBATCHES = 36, 6, 2, 4
+IGNORE = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks share the work. Ranks that no axis takes are data parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    sp: bool = False                           # sequence parallelism, with tp
+    distributed_optimizer: bool = False
+
+
+def config(layout, **more):
+    """Llama's layer: grouped queries, RMSNorm, SwiGLU, rotary positions; no two sizes are equal."""
+    return TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=6, num_query_groups=2, kv_channels=4, ffn_hidden_size=28,
+        normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
+        hidden_dropout=0.0, attention_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False,
+        masked_softmax_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, expert_model_parallel_size=layout.ep,
+        sequence_parallel=layout.sp, pipeline_dtype=torch.float32, params_dtype=torch.float32, use_cpu_initialization=True, **more)
+
+
+def batch():
+    """Microbatches of tokens; no two of them count the same number of labels."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, VOCAB, (MICROBATCHES, ROWS, LENGTH + 1), generator=generator)
+    tokens[:, 0, :2] = torch.tensor([0, VOCAB - 1])
+    labels = tokens[..., 1:].clone()
+    for i in range(MICROBATCHES):
+        labels[i, i % ROWS, :i + 1] = IGNORE
+    return {"tokens": tokens[..., :-1].clone(), "labels": labels}
+
+
+def model_of(cfg, tied=False):
+    spec = get_gpt_layer_local_spec(num_experts=cfg.num_moe_experts, normalization="RMSNorm")
+    return GPTModel(cfg, spec, vocab_size=VOCAB, max_sequence_length=LENGTH, pre_process=parallel_state.is_pipeline_first_stage(),
+                    post_process=parallel_state.is_pipeline_last_stage(), position_embedding_type="rope", share_embeddings_and_output_weights=tied)
+
+
+def training(layout=Layout(), load=None, data=None, tied=False, **more):
+    """The training program of this rank. load: a checkpoint to start from; data: the global batch (none: the reference, which makes them)."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, expert_model_parallel_size=layout.ep)
+    tensor_parallel.model_parallel_cuda_manual_seed(123)
+    cfg = config(layout, **more)
+    model = model_of(cfg, tied)
+    if load is not None:
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), load))
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=layout.distributed_optimizer)
+    ddp = DistributedDataParallel(cfg, ddp_config, model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(
+        optimizer="adam", lr=1e-2, weight_decay=0.1, clip_grad=0.02, use_distributed_optimizer=layout.distributed_optimizer), [ddp])
+    cfg.finalize_model_grads_func = finalize_model_grads
+    full = data or batch()
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    mine = {k: v.chunk(ranks)[rank] for k, v in full.items()}
+    return tv.Training(model, step_of(ddp, optimizer, mine, cfg), batch=full, save=lambda folder: dist_checkpointing.save(model.sharded_state_dict(), folder))
+
+
+def forward_step(iterator, model):
+    tokens, labels = next(iterator)
+    positions = torch.arange(LENGTH).expand(ROWS, -1)
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril().logical_not()
+    losses = model(tokens, positions, mask, labels=labels.clamp(min=0))
+    counted = (labels != IGNORE).float()
+
+    def loss_of(losses):
+        total, tokens = (losses.float() * counted).sum(), counted.sum().int()
+        return total, tokens, {"loss": total.detach(), "tokens": tokens.detach()}
+    return losses, loss_of
+
+
+def step_of(ddp, optimizer, data, cfg):
+    forward_backward = get_forward_backward_func()
+    count = len(data["tokens"])
+
+    def step():
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        reported = forward_backward(forward_step_func=forward_step, data_iterator=zip(data["tokens"], data["labels"]), model=[ddp], num_microbatches=count,
+                                    seq_length=LENGTH, micro_batch_size=ROWS, forward_only=False)
+        _, norm, _ = optimizer.step()
+        values = {"grad_norm": norm}
+        if reported:                           # the last stage of the pipeline
+            values["loss"] = tv.local(sum(r["loss"] for r in reported), reduce="sum", group=parallel_state.get_data_parallel_group())
+        return values
+    return step
