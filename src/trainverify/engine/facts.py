@@ -33,7 +33,7 @@ class Facts:
         elif "scaled_dot_product" in base and not base.endswith("backward"):
             self.attention.add(call.args[0].size)
         elif base in ("aten.clamp", "aten.clamp_max") and isinstance(call.args[0], TensorRef) and call.args[0].size == ():
-            if call.kwargs.get("max", call.args[-1]) == 1.0:
+            if _upper(base, call) == 1.0:
                 self.clip.append(float(machine.native.tensor(call.args[0])))
         elif base == "tv.scalar" and call.name == "tv.scalar.min" and 1.0 in call.args:
             self.clip += [machine.native.scalars[a.id] for a in call.args if isinstance(a, ScalarRef)]
@@ -45,6 +45,12 @@ class Facts:
             self.ids.clear()
         if rows == len(self.tables[machine.rank]):
             self.ids.update(machine.native.tensor(call.args[1]).unique().tolist())
+
+
+def _upper(base: str, call: OpCall) -> object:
+    """The bound from above of a clamp; one that is bound from below alone has none (a count of tokens that is at least 1)."""
+    position = 1 if base == "aten.clamp_max" else 2
+    return call.kwargs.get("max", call.args[position] if len(call.args) > position else None)
 
 
 def valid_tokens(facts: Facts, coverage: Coverage) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import trainverify as tv
+from trainverify.engine.facts import _upper
 from trainverify.engine.weak import _degrees, _rings, _tokens
 from trainverify.ir.trace import Collective, OpCall, Program, Trace
 
@@ -102,6 +103,13 @@ def test_microbatches_of_one():
 
 def test_clipping_that_does_not_bind():
     assert warnings(clip=1e3).keys() == {"WEAK003"}
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs", "bound"), [
+    ("aten.clamp", ("x",), {"max": 1.0}, 1.0), ("aten.clamp", ("x", None, 1.0), {}, 1.0), ("aten.clamp_max", ("x", 1.0), {}, 1.0),
+    ("aten.clamp", ("x", 1), {}, None), ("aten.clamp", ("x",), {"min": 1}, None)])
+def test_a_count_of_at_least_1_is_no_clipping(name, args, kwargs, bound):
+    assert _upper(name, OpCall(0, f"{name}.default", args, kwargs, None)) == bound
 
 
 def test_learning_rate_0():
