@@ -54,9 +54,14 @@ def pss(root: int) -> int:
 def run(spec: str) -> dict:
     """One verification; what it cost and what its report says."""
     path, _, extra = spec.partition(":")
+    return {"spec": spec, **measure([str(ROOT / path), *shlex.split(extra)])[0]}
+
+
+def measure(arguments: list[str]) -> tuple[dict, dict]:
+    """`trainverify verify` with these arguments: what it cost, and its report."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "trainverify", "verify", str(ROOT / path), *shlex.split(extra), "-q", "--format", "json", "-o", str(out)]
+        command = [sys.executable, "-m", "trainverify", "verify", *arguments, "-q", "--format", "json", "-o", str(out)]
         started = time.perf_counter()
         with open(Path(folder) / "log", "w+") as log:
             process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -76,9 +81,10 @@ def run(spec: str) -> dict:
         sys.exit(f"{shlex.join(command)} gave no report (exit code {process.returncode}):\n{text}")
     details = " ".join(p["detail"] for p in report["phases"])
     rates = re.findall(r"([\d,]+) per CPU second", details)
-    return {"spec": spec, "verdict": report["verdict"], "exit_code": process.returncode, "wall": wall, "cpu": use.ru_utime + use.ru_stime, "peak_memory": peak,
-            "ops": report["ops"], "elements": report["elements"], "capture_rate": int(rates[-1].replace(",", "")) if rates else None,
-            "phases": {p["name"]: round(p["seconds"], 2) for p in report["phases"]}}
+    row = {"verdict": report["verdict"], "exit_code": process.returncode, "wall": wall, "cpu": use.ru_utime + use.ru_stime, "peak_memory": peak,
+           "ops": report["ops"], "elements": report["elements"], "capture_rate": int(rates[-1].replace(",", "")) if rates else None,
+           "phases": {p["name"]: round(p["seconds"], 2) for p in report["phases"]}}
+    return row, report
 
 
 def table(rows: list[dict]) -> str:
