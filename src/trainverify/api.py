@@ -88,4 +88,4 @@ class Reference:
 
     def checkpoint(self) -> str:
         """The folder that the reference's own `save` wrote (default: model.safetensors with the state dict)."""
-        return str(self._checkpoint)
+        return str(self._checkpoint.absolute())

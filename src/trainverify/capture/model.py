@@ -62,6 +62,12 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return elem if isinstance(elem, torch.Tensor) else tensor
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor that a DTensor over one device is (fully_shard in a world of one rank makes such); anything else as it is."""
+    local = local_tensor(tensor)
+    return local if isinstance(tensor, DTensor) and local.shape == tensor.shape and tensor.device_mesh.size() == 1 else tensor
+
+
 def is_real_float(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -210,8 +210,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _wraps_another(optimizer: torch.optim.Optimizer) -> bool:
-    """Sharding optimizers hold the one that does the work; its own step is what counts."""
-    return any(isinstance(v, torch.optim.Optimizer) for v in vars(optimizer).values())
+    """Sharding optimizers hold the one that does the work, containers several; their own steps are what counts."""
+    held = [w for v in vars(optimizer).values() for w in (v if isinstance(v, (list, tuple)) else (v,))]
+    return any(isinstance(v, torch.optim.Optimizer) for v in held)
 
 
 def _setting(value: Any) -> float:

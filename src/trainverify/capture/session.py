@@ -25,7 +25,7 @@ from trainverify.api import Reference, Training
 from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.groups import process_groups
-from trainverify.capture.model import chunks_of
+from trainverify.capture.model import chunks_of, whole_tensor
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.outputs import Outputs
 from trainverify.capture.provenance import SCALARS, decided_otherwise, mark_changes, something_leaves, tag_table
@@ -145,8 +145,14 @@ def _capture_both(spec: Spec, options: CaptureOptions, folder: Path, progress: C
     done = Captured(ranks=options.ranks, case=options.case)
     reference = capture_reference(spec, options, folder, progress)
     done.add("reference", reference)
-    if reference.program is not None:
+    if reference.program is None:
+        return done
+    faults = spec.before_parallel(reference.handed, options, folder)
+    done.diagnostics += faults
+    if not faults:
         done.add("parallel", capture_parallel(spec, reference, options.case, options, folder, progress))
+    if done.parallel is not None:
+        done.diagnostics += spec.settle(done.reference, done.parallel, folder)
     return done
 
 
@@ -190,10 +196,11 @@ def _look_for_changes(spec: Spec, options: CaptureOptions, folder: Path, progres
 
 def capture_reference(spec: Spec, options: Any, folder: Path | None = None, progress: Callable | None = None) -> ReferenceCapture:
     """Run the reference in a process of its own; once more if its construction reads weights that are symbols by then."""
+    reference_child, _ = spec.children or (_reference_child, _parallel_child)
     with _folder(folder or options.workdir) as base:
-        side, results = _run("reference", 1, partial(_reference_child, spec, options, base, []), base, options, progress)
+        side, results = _run("reference", 1, partial(reference_child, spec, options, base, []), base, options, progress)
         if results and results[0].early:
-            child = partial(_reference_child, spec, options, base, results[0].early)
+            child = partial(reference_child, spec, options, base, results[0].early)
             side, results = _run("reference", 1, child, base, options, progress)
         handed = _decode_handed(results[0].handed) if results else Handed()
         return ReferenceCapture(**vars(side), handed=handed, checkpoint=base / "checkpoint")
@@ -202,9 +209,10 @@ def capture_reference(spec: Spec, options: Any, folder: Path | None = None, prog
 def capture_parallel(spec: Spec, reference: ReferenceCapture, case: dict[str, Any], options: Any, folder: Path | None = None,
                      progress: Callable | None = None) -> ParallelCapture:
     """Run the parallel program, one process per rank."""
+    _, parallel_child = spec.children or (_reference_child, _parallel_child)
     ranks = spec.world_size(options.ranks, case)
     with _folder(folder or options.workdir) as base:
-        child = partial(_parallel_child, spec, reference.handed, reference.checkpoint, case, options, base)
+        child = partial(parallel_child, spec, reference.handed, reference.checkpoint, case, options, base)
         side, _ = _run("parallel", ranks, child, base, options, progress)
         return ParallelCapture(**vars(side), case=case, ranks=ranks)
 
@@ -247,7 +255,7 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
 
 # ---- in a rank
 
-class _Session:
+class Session:
     """One rank of one side while it is captured."""
 
     def __init__(self, side: str, rank: Rank, options: Any, base: Path, symbols: bool):
@@ -310,7 +318,7 @@ class _Session:
 
 
 def _reference_child(spec: Spec, options: Any, base: Path, early: list[Early], rank: Rank) -> bytes:
-    session = _Session("reference", rank, options, base, symbols=True)
+    session = Session("reference", rank, options, base, symbols=True)
     with session.environment():
         with session.recording():
             session.recorder.watch = watch = EarlySymbols(session.symbols, early) if early else None
@@ -326,14 +334,14 @@ def _reference_child(spec: Spec, options: Any, base: Path, early: list[Early], r
                 return session.save(early=early)
             announce_batch(session.recorder, training.batch)
         handed = msgspec.msgpack.encode(session.symbols.hand_over(chunks, training.batch))
-        _write_checkpoint(training, chunks, base / "checkpoint")
+        write_checkpoint(training, chunks, base / "checkpoint")
         with session.recording():
             session.steps(training)
         return session.save(handed)
 
 
 def _parallel_child(spec: Spec, handed: Handed, checkpoint: Path, case: dict[str, Any], options: Any, base: Path, rank: Rank) -> bytes:
-    session = _Session("parallel", rank, options, base, symbols=False)
+    session = Session("parallel", rank, options, base, symbols=False)
     tensors, weights, batch = handed.build()
     with session.environment():
         for given, tensor in zip(handed.tensors, tensors):
@@ -348,7 +356,7 @@ def _parallel_child(spec: Spec, handed: Handed, checkpoint: Path, case: dict[str
         return session.save()
 
 
-def _write_checkpoint(training: Training, chunks: list[torch.nn.Module], folder: Path) -> None:
+def write_checkpoint(training: Training, chunks: list[torch.nn.Module], folder: Path) -> None:
     """Let the reference save itself, in a fork: whatever saving does to the program must not be part of it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -378,7 +386,7 @@ def _save_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
     from safetensors.torch import save_file
 
     entries = {k: v for chunk in chunks for k, v in chunk.state_dict().items() if isinstance(v, torch.Tensor)}
-    save_file({k: v.detach().clone().contiguous() for k, v in entries.items()}, folder / "model.safetensors")
+    save_file({k: whole_tensor(v).detach().clone().contiguous() for k, v in entries.items()}, folder / "model.safetensors")
 
 
 def _groups(meshes: list[DeviceMesh]) -> list[Group]:

@@ -6,12 +6,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from trainverify.api import is_fixed
 from trainverify.capture.digest import contents
 from trainverify.capture.encode import dtype_name
-from trainverify.capture.model import is_real_float, named_buffers, named_parameters, place
+from trainverify.capture.model import is_real_float, named_buffers, named_parameters, place, whole_tensor
 from trainverify.capture.quiet import unseen
 from trainverify.capture.recorder import Recorder
 from trainverify.capture.tags import NARROW, Tagger
@@ -97,8 +98,10 @@ class Symbols:
     def define(self, kind: str, name: str, tensor: torch.Tensor, key: str = "") -> None:
         """Overwrite a tensor with tags and record that its elements are symbols; tensors seen before and empty ones are left alone."""
         with unseen():
-            plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-            if type(plain) not in (torch.Tensor, torch.nn.Parameter) or plain.layout is not torch.strided:
+            tensor = whole_tensor(tensor)
+            sharded = isinstance(tensor, DTensor)      # which cannot even be detached here
+            plain = tensor if sharded else torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+            if sharded or type(plain) not in (torch.Tensor, torch.nn.Parameter) or plain.layout is not torch.strided:
                 raise Fault(Diagnostic("SPEC010", f"{kind} {name} of the reference is a {type(tensor).__name__}, not a plain tensor",
                                        fix="The reference is the single-device program: build it without sharding or compression."))
             if not is_real_float(plain) or not plain.numel() or place(plain) in self.names:
@@ -136,7 +139,7 @@ class Symbols:
         index: dict[tuple, int] = {}
 
         def add(t: torch.Tensor) -> int:
-            plain = t.detach()
+            plain = whole_tensor(t).detach()
             key = place(plain)
             if key not in index:
                 kind, symbol = self.names.get(place(torch.view_as_real(plain)) if plain.is_complex() else key, ("", ""))
@@ -144,10 +147,11 @@ class Symbols:
                 tensors.append(HandedTensor(dtype_name(plain.dtype), tuple(plain.shape), contents(plain).tobytes(), kind, symbol))
             return index[key]
 
+        states = [chunk.state_dict(keep_vars=True) for chunk in chunks]      # hooks of the program may compute in it
         with unseen():
             weights = {}
-            for i, chunk in enumerate(chunks):
-                for name, value in chunk.state_dict(keep_vars=True).items():
+            for i, state in enumerate(states):
+                for name, value in state.items():
                     if isinstance(value, torch.Tensor):
                         weights[f"chunk{i}.{name}" if name in weights else name] = add(value)
             spec, leaves = self._batch(batch, add) if batch is not None else ("", [])
