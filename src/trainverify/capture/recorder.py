@@ -123,8 +123,11 @@ class Recorder(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             return self._record(info, func, args, kwargs) if result is NotImplemented else result
         if route == opinfo.RESIZE:
+            storage = args[0].untyped_storage()
+            if storage.nbytes():
+                self.encoder.storage(storage, False)           # what it holds by now is its contents; what it gains is not
             result = func(*args, **kwargs)
-            self.resized(args[0].untyped_storage())
+            self.resized(storage)
             return result
         if route == opinfo.ZERO:               # it has no memory; plain zeros mean the same
             kwargs.pop("pin_memory", None)

@@ -49,7 +49,7 @@ class NativeMemory:
             data = self.initial(sid)
             if data is None:
                 raise ReplayError(f"storage {sid} is read before anything wrote it")
-            got = self.storages[sid] = torch.from_numpy(np.array(data, dtype=np.uint8, copy=True)).untyped_storage()
+            got = self.storages[sid] = torch.from_numpy(np.array(data, dtype=np.uint8)).clone().untyped_storage()   # torch's own memory, which it can resize
         return got
 
     def initial(self, sid: int) -> np.ndarray | None:

@@ -93,6 +93,20 @@ def test_resize():
     assert [c.args for c in trace.ops if c.name == "tv.resize"] == [(Name("storage", "0"), 0), (Name("storage", "0"), 16)]
 
 
+def test_what_memory_gains_is_no_contents():
+    x = torch.tensor([1, 2, 3], dtype=torch.uint8)             # the recorder has not seen it
+
+    def run():
+        x.resize_(400)                         # as torch pads objects that it gathers
+        return x + 1
+
+    trace, blobs = record(run)
+    grown = next(c for c in trace.ops if c.name == "tv.resize")
+    add = next(c for c in trace.ops if c.name == "aten.add.Tensor")
+    assert grown.args == (Name("storage", str(add.args[0].storage)), 400)
+    assert bytes(blobs[f"init.{add.args[0].storage}"]) == b"\1\2\3"
+
+
 def test_memory_that_numpy_fills_is_data():
     def run():
         x, n = torch.empty(3), torch.zeros(3, dtype=torch.int64)
