@@ -45,9 +45,9 @@ class _Answer(msgspec.Struct):
     traceback: str = ""
 
 
-def cases_of(path: str | os.PathLike) -> list[dict[str, Any]]:
+def cases_of(path: str | os.PathLike, stand_ins: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The CASES of a spec, or one empty case where it lists none; raises Fault where the spec cannot be used."""
-    answer = _in_child(lambda: _listed(Path(path)))
+    answer = _in_child(lambda: _listed(Path(path), stand_ins))
     if answer.faults:
         raise Fault(*answer.faults)
     if answer.error:
@@ -79,9 +79,9 @@ def run_all(runs: Sequence[Run], quiet: bool, keep_error: Callable[[str], str]) 
     return reports
 
 
-def _listed(path: Path) -> bytes:
+def _listed(path: Path, stand_ins: Sequence[str]) -> bytes:
     """In the child: CASES as JSON."""
-    spec = importlib.import_module("trainverify.capture.spec").load_spec(path)
+    spec = importlib.import_module("trainverify.capture.spec").load_spec(path, stand_ins)
     for case in spec.cases:
         for key, value in case.items():
             if not isinstance(value, (str, int, float, bool)):

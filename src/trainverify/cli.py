@@ -195,6 +195,7 @@ def _command(commands: Any, name: str, what: str, epilog: str = "") -> argparse.
 def _capture_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ranks", metavar="N", type=_positive, help="world size (default: RANKS of the spec)")
     p.add_argument("--case", metavar="K=V,...", type=_case, action="append", default=[], help="arguments of parallel(ref, ...); can be given several times")
+    p.add_argument("--stand-in", metavar="NAME,...", type=_stand_ins, default=(), help="take this package's functions as plain PyTorch: apex, flash_attn or grouped_gemm")
     p.add_argument("--steps", metavar="K", type=_positive, help="training steps (default: 2)")
     p.add_argument("--seed", metavar="S", type=_seed, default=0, help="of the values that weights and inputs take (default: 0)")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="wall-clock limit of each side's capture (default: 300)")
@@ -277,6 +278,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _stand_ins(text: str) -> tuple[str, ...]:
+    from trainverify.adapters.standins import STANDINS
+    names = tuple(text.split(","))
+    if unknown := [n for n in names if n not in STANDINS]:
+        raise argparse.ArgumentTypeError(f"there is no stand-in for {unknown[0]!r} (there are {', '.join(STANDINS)})")
+    return names
+
+
 def _place(text: str) -> str:
     file, _, line = text.rpartition(":")
     if not file or not line.isdecimal():
@@ -314,7 +323,7 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
     given = {k: v for k, v in given.items() if v is not None}
     return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), repair=not getattr(args, "no_repair", False),
-                   cache=not getattr(args, "no_cache", True),
+                   cache=not getattr(args, "no_cache", True), stand_ins=args.stand_in,
                    **given, **more)
 
 
@@ -376,7 +385,7 @@ def _planned(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[Any
     for spec in config.specs if config is not None else (args.path,):
         spec = Path(os.path.relpath(spec)) if spec.is_relative_to(Path.cwd()) else spec
         try:
-            given = [_case_given(args)] if args.case else config.cases if config is not None and config.cases and not args.all_cases else cases.cases_of(spec)
+            given = [_case_given(args)] if args.case else config.cases if config is not None and config.cases and not args.all_cases else cases.cases_of(spec, args.stand_in)
         except Fault as fault:
             broken.append(Report(verdict="ERROR", spec=str(spec), ranks=args.ranks or 0, seed=args.seed, diagnostics=list(fault.diagnostics)))
             continue

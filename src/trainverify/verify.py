@@ -41,13 +41,14 @@ def verify_spec(path: str | os.PathLike, options: Options = Options(), progress:
     """Capture the spec's two programs and verify them. User faults are in the report (verdict ERROR), never raised."""
     from trainverify.capture.spec import load_spec
 
-    return _verify(lambda: load_spec(Path(path)), options, progress, str(path))
+    return _verify(lambda: load_spec(Path(path), options.stand_ins), options, progress, str(path))
 
 
 def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | None = None, steps: int = 2, seed: int = 0,
-           timeout: float = 300.0, accept: Sequence[str] = (), ops: Sequence = (), dry_run: bool = False, repair: bool = True) -> Report:
-    """Verify a spec file, or two functions as a spec file would define them (ops: as its OPS)."""
-    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run, repair=repair)
+           timeout: float = 300.0, accept: Sequence[str] = (), ops: Sequence = (), dry_run: bool = False, repair: bool = True,
+           stand_ins: Sequence[str] = ()) -> Report:
+    """Verify a spec file, or two functions as a spec file would define them (ops: as its OPS; stand_ins: as --stand-in)."""
+    options = Options(ranks, dict(case or {}), steps, seed, timeout, tuple(accept), dry_run, repair=repair, stand_ins=tuple(stand_ins))
     if parallel is None:
         if callable(reference):
             raise TypeError("verify(reference, parallel): give both functions, or the path of a spec")
@@ -56,14 +57,14 @@ def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | N
         return verify_spec(reference, options)
     from trainverify.capture.spec import spec_of
 
-    return _verify(lambda: spec_of(reference, parallel, ranks, ops), options, _quiet, "")
+    return _verify(lambda: spec_of(reference, parallel, ranks, ops, stand_ins), options, _quiet, "")
 
 
 def capture_spec(path, out: Path, options: Options = Options(), progress: Callable = _quiet) -> Report:
     """Capture only; the traces stay in `out`, and verify_dir works from them. The report has no outputs: nothing was compared."""
     from trainverify.capture.spec import load_spec
 
-    report = _verify(lambda: load_spec(Path(path)), replace(options, workdir=Path(out), keep=True), progress, str(path), compare=False)
+    report = _verify(lambda: load_spec(Path(path), options.stand_ins), replace(options, workdir=Path(out), keep=True), progress, str(path), compare=False)
     report.mode = "capture"
     return report
 
@@ -112,7 +113,7 @@ def lineage_table(path, options: Options = Options(), progress: Callable = _quie
         from trainverify.capture.session import capture
         from trainverify.capture.spec import load_spec
 
-        spec = load_spec(Path(path))
+        spec = load_spec(Path(path), options.stand_ins)
         captured = capture(spec, options, progress)
         if captured.reference is None or captured.parallel is None:
             raise Fault(*captured.diagnostics)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 from trainverify.adapters.hook import Hook
@@ -32,7 +32,10 @@ def adapters() -> Iterator[ModuleType]:
 HOOK = Hook(adapters)                         # of this process: what it patched stays patched as long as the frameworks are imported
 
 
-def install() -> Hook:
-    """Watch the imports of this process, and of the ranks that are forked from it; a second call changes nothing."""
+def install(stand_ins: Iterable[str] = ()) -> Hook:
+    """Watch the imports of this process, and of the ranks that are forked from it, and provide these stand-ins; a second call changes nothing."""
+    from trainverify.adapters import standins
+
+    standins.provide(stand_ins)
     HOOK.install()
     return HOOK

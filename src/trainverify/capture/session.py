@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainverify.adapters import HOOK
+from trainverify.adapters import HOOK, standins
 from trainverify.api import Reference, Training
 from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
@@ -239,6 +239,9 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
         progress(f"capture {side}", f"{n} ranks" if n > 1 else "1 rank")
     output = base / f"{side}.output" if options.workdir is not None else None
     world = run_world(n, child, timeout=options.timeout, on_progress=told, output_dir=output)
+    while any([standins.provide_missing(name) for name in world.missing]):     # the program cannot run without the package: again, with its stand-in
+        shutil.rmtree(base / side, ignore_errors=True)
+        world = run_world(n, child, timeout=options.timeout, on_progress=told, output_dir=output)
     faults = world.faults
     if side == "reference":
         faults = tuple(msgspec.structs.replace(d, notes=("it was the reference that ran", *d.notes)) if d.code.startswith("RUN") else d for d in faults)
@@ -274,6 +277,7 @@ class Session:
             self.meshes = stack.enter_context(process_groups(self.rank.rank, self.rank.world_size, note))
             stack.enter_context(cuda_shim(self.recorder, local_rank=self.rank.rank, count=self.rank.world_size))
             stack.enter_context(ring_attention(note))
+            stack.enter_context(standins.noting(note))
             stack.enter_context(self.outputs)
             yield
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainverify import adapters
+from trainverify.adapters import standins
 from trainverify.api import CustomOp
 from trainverify.capture.userframes import frame_text, frames_of_exception
 from trainverify.diagnostics import Diagnostic, Fault, Span
@@ -89,15 +90,18 @@ class Spec:
         return Fault(Diagnostic(code, message, span=span, fix=fix))
 
 
-def load_spec(path: str | Path) -> Spec:
-    """Import a spec file; raises Fault with a SPEC code for everything that keeps it from being used."""
+def load_spec(path: str | Path, stand_ins: Iterable[str] = ()) -> Spec:
+    """Import a spec file; raises Fault with a SPEC code for everything that keeps it from being used.
+
+    stand_ins: packages that are stood in for; others are where the spec cannot be imported without them.
+    """
     file = Path(path).resolve()
     if not file.is_file():
         raise Fault(Diagnostic("SPEC001", f"{path}: no such file", fix="Name a Python file that defines reference() and parallel(ref)."))
     folder = str(file.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    adapters.install()                         # before the spec imports a framework
+    adapters.install(stand_ins)                # before the spec imports a framework
     module = types.ModuleType(file.stem)
     module.__file__ = str(file)
     sys.modules[file.stem] = module            # functions and classes of the spec must be found by their module's name
@@ -105,17 +109,25 @@ def load_spec(path: str | Path) -> Spec:
     def run() -> None:
         exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
 
+    def run_with_stand_ins() -> None:
+        while True:
+            try:
+                return run()
+            except ModuleNotFoundError as missing:
+                if not standins.provide_missing(missing.name or ""):
+                    raise
+
     try:
-        call_user(run, f"importing {file.name}", "SPEC002")
+        call_user(run_with_stand_ins, f"importing {file.name}", "SPEC002")
     except Fault:
         del sys.modules[file.stem]
         raise
     return _spec(str(path), str(file), vars(module))
 
 
-def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None, ops: Iterable[Any] = ()) -> Spec:
+def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None, ops: Iterable[Any] = (), stand_ins: Iterable[str] = ()) -> Spec:
     """A spec from two functions, as a file would define them."""
-    adapters.install()
+    adapters.install(stand_ins)
     names = {"reference": reference, "parallel": parallel, "RANKS": ranks, "OPS": list(ops)}
     return _spec("", getattr(getattr(parallel, "__code__", None), "co_filename", ""), names)
 

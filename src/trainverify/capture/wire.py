@@ -109,6 +109,7 @@ class Raised(msgspec.Struct, tag=True, array_like=True):
     diagnostics: tuple[Diagnostic, ...]
     internal: bool
     traceback: str
+    missing: str = ""                         # the module that could not be imported
 
 
 class Reply(msgspec.Struct, tag=True, array_like=True):

@@ -124,7 +124,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class WorldResult:
-    """Results per rank (empty where a rank did not return), faults (errors first), usage, and the tail of each rank's output.
+    """Results per rank (empty where a rank did not return), faults (errors first), usage, and the tail of each rank's output;
+    missing: modules whose import failed, where that ended a rank.
 
     output_paths are the full outputs; they exist only if run_world was given an output_dir.
     """
@@ -134,6 +135,7 @@ class WorldResult:
     usage: tuple[Usage, ...]
     output: tuple[str, ...]
     output_paths: tuple[Path, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def preload() -> None:
@@ -170,7 +172,8 @@ def run_world(n: int, child: Callable[[Rank], bytes | None], *, timeout: float,
         results = [m.result for m in world.coordinator.members]
         usage = tuple(Usage(world.cpu[r], world.waited[r]) for r in range(n))
         paths = tuple(map(world.output_path, range(n))) if output_dir else ()
-        return WorldResult(results, found, usage, tails, paths)
+        missing = tuple(m.raised.missing for m in world.coordinator.members if m.raised is not None and m.raised.missing)
+        return WorldResult(results, found, usage, tails, paths, missing)
     finally:
         if output_dir is None:
             shutil.rmtree(outputs, ignore_errors=True)
@@ -389,7 +392,8 @@ def _raised(error: BaseException) -> wire.Raised:
     diagnostics = error.diagnostics if isinstance(error, Fault) else ()
     text = "".join(traceback.format_exception(error))
     kind = type(error).__name__
-    return wire.Raised(kind, str(error), frames_of_exception(error), tuple(diagnostics), is_internal(error), text[-_TAIL:])
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    return wire.Raised(kind, str(error), frames_of_exception(error), tuple(diagnostics), is_internal(error), text[-_TAIL:], missing)
 
 
 def _environment(rank: int, n: int) -> None:

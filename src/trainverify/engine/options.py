@@ -8,7 +8,7 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class Options:
     """ranks: world size (None: the spec's RANKS); timeout: seconds of wall clock for each capture; accept: FILE:LINE of decisions
-    that the user takes as matched; keep: keep the traces under workdir; second_opinion: "z3" or "cvc5" is asked about what was proved;
+    that the user takes as matched; stand_ins: packages whose functions are taken as plain PyTorch; keep: keep the traces under workdir; second_opinion: "z3" or "cvc5" is asked about what was proved;
     certificate: a file for the proved obligations; dump_unknown: a folder for those that were not; counterexample: a file for a script
     that shows a difference; jobs: processes that analyse (2: the proof beside the rest; the report is the same); repair: try repairs of
     what is refuted; cache: a verdict may be that of an earlier run on identical programs."""
@@ -30,3 +30,4 @@ class Options:
     jobs: int = 2
     repair: bool = True
     cache: bool = False
+    stand_ins: tuple[str, ...] = ()
