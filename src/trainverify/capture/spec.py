@@ -26,7 +26,10 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True)
 class Spec:
-    """A spec as it was read. ranks: default world size, or a function of the case; cases: the spec's CASES; path: "" for functions."""
+    """A spec as it was read. ranks: default world size, or a function of the case; cases: the spec's CASES; path: "" for functions.
+
+    accept: the spec's ACCEPT, places of decisions that it takes as matched (as --accept does).
+    """
 
     path: str
     reference: Callable[[], Any]
@@ -34,6 +37,18 @@ class Spec:
     ranks: int | Callable[..., int] | None = None
     cases: tuple[dict[str, Any], ...] = ()
     ops: tuple[Any, ...] = ()
+    accept: tuple[str, ...] = ()
+
+    # What scripts in place of a spec do otherwise (capture/script.py): what runs in the processes, and what is done before and after the parallel side.
+    children = None
+
+    def before_parallel(self, handed: Any, options: Any, folder: Path) -> tuple[Diagnostic, ...]:
+        """Nothing is to be done; diagnostics would keep the parallel side from running."""
+        return ()
+
+    def settle(self, reference: Any, parallel: Any, folder: Path) -> tuple[Diagnostic, ...]:
+        """step() says which scalars there are."""
+        return ()
 
     def op_rows(self) -> tuple[OpRow, ...]:
         """Rows for custom ops, made anew: they belong to one run."""
@@ -176,7 +191,11 @@ def _spec(path: str, file: str, names: dict[str, Any]) -> Spec:
     twice = [n for n, k in Counter(_row(o).name for o in ops).items() if k > 1]
     if twice:
         raise Fault(Diagnostic("SPEC004", f"OPS explains {twice[0]} twice", span=Span(file, 0, "", phase=""), fix="Keep one of them."))
-    return Spec(path, names["reference"], names["parallel"], names.get("RANKS"), tuple(cases), tuple(ops))
+    accept = names.get("ACCEPT") or ()
+    if not isinstance(accept, (list, tuple)) or not all(isinstance(a, str) and a.rpartition(":")[2].isdigit() for a in accept):
+        raise Fault(Diagnostic("SPEC004", f"ACCEPT is {accept!r}, which is no list of places", span=Span(file, 0, "", phase=""),
+                               fix='Write ACCEPT = ["path/file.py:12"]: the lines of decisions to take as matched.'))
+    return Spec(path, names["reference"], names["parallel"], names.get("RANKS"), tuple(cases), tuple(ops), tuple(accept))
 
 
 def _row(op: CustomOp | OpRow) -> OpRow:

@@ -82,7 +82,7 @@ def test_functions_are_missing(write, text):
     assert fault(load_spec, write(text)).code == "SPEC003"
 
 
-@pytest.mark.parametrize("more", ["CASES = 3\n", "CASES = [3]\n", "OPS = ['add']\n"])
+@pytest.mark.parametrize("more", ["CASES = 3\n", "CASES = [3]\n", "OPS = ['add']\n", "ACCEPT = 'x.py:3'\n", "ACCEPT = ['x.py']\n"])
 def test_settings_are_wrong(write, more):
     assert fault(load_spec, write(GOOD + more)).code == "SPEC004"
 

@@ -148,6 +148,46 @@ def test_accepted_decisions_and_places_that_accept_nothing():
     assert not equal(tv.verify(reference, cut, ranks=1, steps=1))
 
 
+CUTTING = """
+import torch
+import trainverify as tv
+
+ACCEPT = ["cutting.py:16"]
+
+def training(weights=None, cut=False):
+    model, x = torch.nn.Linear(4, 3), torch.ones(6, 4)
+    if weights:
+        model.load_state_dict(weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        model(x).sum().backward()
+        if cut:
+            model.weight.sum().item() > 100   # an unmatched decision
+        optimizer.step()
+    return tv.Training(model, step, batch=tv.fixed(x))
+
+def reference():
+    return training()
+
+def parallel(ref):
+    return training(ref.weights, cut=True)
+"""
+
+
+def test_a_spec_says_which_decisions_it_accepts(tmp_path):
+    spec = tmp_path / "cutting.py"
+    spec.write_text(CUTTING)
+    one_rank = Options(ranks=1, steps=1, timeout=60.0)
+    report = verify_spec(spec, one_rank)
+    assert equal(report), report
+    assert [a.places for a in report.assumptions if "accepted" in a.text] == [(f"{spec}:16",)]
+    capture_spec(spec, tmp_path / "traces", one_rank)
+    assert equal(verify_dir(tmp_path / "traces"))
+    spec.write_text(CUTTING.replace(":16", ":15"))
+    assert {"REL008", "ACC001"} <= {d.code for d in verify_spec(spec, one_rank).diagnostics}
+
+
 # ---- traces on disk
 
 def test_capture_then_verify_the_folder_with_custom_ops(tmp_path):
