@@ -33,6 +33,7 @@ class CaptureIndex(msgspec.Struct):
     crc32: int
     ops: bool                                 # the spec explains operations: its file is needed to verify
     case: dict[str, Any]
+    accept: tuple[str, ...] = ()              # the spec's ACCEPT
 
 
 # ---- entry points
@@ -74,7 +75,8 @@ def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) 
     report = Report(spec=str(path), steps=options.steps, seed=options.seed)
 
     def body() -> None:
-        _analyse(report, *_loaded(Path(path), report), options, progress)
+        programs = _loaded(Path(path), report)
+        _analyse(report, *programs, replace(options, accept=(*options.accept, *_index(Path(path)).accept)), progress)
 
     return _finish(report, options, body)
 
@@ -157,7 +159,8 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str, com
         if options.workdir is not None:
             _write_index(options.workdir, spec, captured.case)
         if compare:
-            _analyse(report, captured.reference, captured.parallel, spec.op_rows(), options, progress)
+            accepting = replace(options, accept=(*options.accept, *spec.accept))
+            _analyse(report, captured.reference, captured.parallel, spec.op_rows(), accepting, progress)
 
     return _finish(report, options, body)
 
@@ -337,7 +340,7 @@ def _write_index(folder: Path, spec, case: dict) -> None:
     """Note beside the traces from where they come."""
     file = Path(spec.path).resolve() if spec.path else None
     crc = zlib.crc32(file.read_bytes()) if file is not None and file.is_file() else 0
-    (Path(folder) / INDEX).write_bytes(msgspec.json.encode(CaptureIndex(str(file or ""), crc, bool(spec.ops), case), enc_hook=str))
+    (Path(folder) / INDEX).write_bytes(msgspec.json.encode(CaptureIndex(str(file or ""), crc, bool(spec.ops), case, spec.accept), enc_hook=str))
 
 
 def _rows_again(index: CaptureIndex, reference, parallel, report: Report) -> tuple:
