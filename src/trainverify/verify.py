@@ -130,9 +130,13 @@ def _loaded(folder: Path, report: Report) -> tuple:
     from trainverify.ir.files import load_program
 
     reference, parallel = load_program(folder / "reference"), load_program(folder / "parallel")
-    index = msgspec.json.decode((folder / INDEX).read_bytes(), type=CaptureIndex) if (folder / INDEX).is_file() else CaptureIndex("", 0, False, {})
+    index = _index(folder)
     report.steps, report.case = reference.traces[0].steps, index.case
     return reference, parallel, _rows_again(index, reference, parallel, report)
+
+
+def _index(folder: Path) -> CaptureIndex:
+    return msgspec.json.decode((folder / INDEX).read_bytes(), type=CaptureIndex) if (folder / INDEX).is_file() else CaptureIndex("", 0, False, {})
 
 
 # ---- the parts in order
