@@ -1,6 +1,5 @@
 """megatron-core's GPTModel (GQA, RMSNorm, SwiGLU, RoPE) with its own DDP, schedules, finalize_model_grads and optimizer, against itself at world size 1."""
-import trainverify as tv
-from megatron_setup import Layout, training
+from common.mcore import Layout, checkpoint, training
 
 CASES = [
     {"tp": 2},
@@ -20,4 +19,4 @@ def reference():
 
 
 def parallel(ref, tp=1, pp=1, dp=1, sp=False, distributed_optimizer=False):
-    return training(Layout(tp, pp, sp=sp, distributed_optimizer=distributed_optimizer), load=ref.checkpoint(), data=ref.batch)
+    return training(Layout(tp, pp, sp=sp, distributed_optimizer=distributed_optimizer), load=checkpoint(ref.checkpoint()), data=ref.batch)

@@ -19,8 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import trainverify as tv
 
+LAYERS, HIDDEN, HEADS, GROUPS, HEAD, FFN = 2, 16, 6, 2, 4, 28
 VOCAB, LENGTH, ROWS, MICROBATCHES = 36, 6, 2, 4
 IGNORE = -1
+LR, DECAY, CLIP = 1e-2, 0.1, 0.02
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Layout:
 def config(layout, **more):
     """Llama's layer: grouped queries, RMSNorm, SwiGLU, rotary positions; no two sizes are equal."""
     return TransformerConfig(
-        num_layers=2, hidden_size=16, num_attention_heads=6, num_query_groups=2, kv_channels=4, ffn_hidden_size=28,
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=HEAD, ffn_hidden_size=FFN,
         normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
@@ -63,7 +65,7 @@ def model_of(cfg, tied=False):
 
 
 def training(layout=Layout(), load=None, data=None, tied=False, **more):
-    """The training program of this rank. load: a checkpoint to start from; data: the global batch (none: the reference, which makes them)."""
+    """The training program of this rank. load(model) fills in the weights; data is the global batch. The reference makes both itself."""
     if not dist.is_initialized():
         dist.init_process_group("nccl")
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, expert_model_parallel_size=layout.ep)
@@ -71,16 +73,21 @@ def training(layout=Layout(), load=None, data=None, tied=False, **more):
     cfg = config(layout, **more)
     model = model_of(cfg, tied)
     if load is not None:
-        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), load))
+        load(model)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=layout.distributed_optimizer)
     ddp = DistributedDataParallel(cfg, ddp_config, model)
     optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=1e-2, weight_decay=0.1, clip_grad=0.02, use_distributed_optimizer=layout.distributed_optimizer), [ddp])
+        optimizer="adam", lr=LR, weight_decay=DECAY, clip_grad=CLIP, use_distributed_optimizer=layout.distributed_optimizer), [ddp])
     cfg.finalize_model_grads_func = finalize_model_grads
     full = data or batch()
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = {k: v.chunk(ranks)[rank] for k, v in full.items()}
     return tv.Training(model, step_of(ddp, optimizer, mine, cfg), batch=full, save=lambda folder: dist_checkpointing.save(model.sharded_state_dict(), folder))
+
+
+def checkpoint(folder):
+    """A function that loads a model from what dist_checkpointing saved."""
+    return lambda model: model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
 
 
 def forward_step(iterator, model):
@@ -92,7 +99,7 @@ def forward_step(iterator, model):
 
     def loss_of(losses):
         total, tokens = (losses.float() * counted).sum(), counted.sum().int()
-        return total, tokens, {"loss": total.detach(), "tokens": tokens.detach()}
+        return total, tokens, {"loss": total.detach().clone()}
     return losses, loss_of
 
 

@@ -1,0 +1,16 @@
+"""megatron-core's pipeline whose first and last stage hold the same embedding: its gradient is the sum of both stages'."""
+from common.mcore import Layout, checkpoint, training
+
+CASES = [{"pp": 2, "tp": 1}, {"pp": 2, "tp": 2}]
+
+
+def RANKS(pp=2, tp=1):
+    return pp * tp
+
+
+def reference():
+    return training(tied=True)
+
+
+def parallel(ref, pp=2, tp=1):
+    return training(Layout(tp, pp), load=checkpoint(ref.checkpoint()), data=ref.batch, tied=True)
