@@ -30,9 +30,9 @@ _PATIENCE = (1.0, 4.0)                        # seconds for an interrupted run t
 
 @dataclass(frozen=True)
 class Run:
-    """One run to be made."""
+    """One run to be made: of a spec, or of scripts (`capture.script.Scripts`)."""
 
-    spec: Path
+    spec: Any
     options: Options
 
 
@@ -94,7 +94,8 @@ def _verified(run: Run, quiet: bool) -> Report:
     """In the child: one verification."""
     progress = progress_to(sys.stderr, quiet)
     try:
-        return importlib.import_module("trainverify.verify").verify_spec(run.spec, run.options, progress)
+        entry = "verify_spec" if isinstance(run.spec, Path) else "verify_scripts"
+        return getattr(importlib.import_module("trainverify.verify"), entry)(run.spec, run.options, progress)
     finally:
         progress.close()
 

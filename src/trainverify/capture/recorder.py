@@ -31,6 +31,8 @@ from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, TensorRef, 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _active_mode = torch._C._get_dispatch_mode
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+# Draws that make up data; those that look at what they are given (bernoulli, dropout) do not.
+_DRAWS = frozenset({"randn", "rand", "normal", "normal_", "uniform", "uniform_", "exponential_", "log_normal_"})
 # Accesses to memory that torch's own code makes all the time and that give no value to Python.
 _MEMORY_ACCESS = frozenset({"data_ptr", "untyped_storage", "storage", "typed_storage"})
 
@@ -43,6 +45,7 @@ class Recorder(TorchDispatchMode):
         self.side, self.rank, self.world_size = side, rank, world_size
         self.ops: list[OpCall] = []
         self.watch: Callable[[OpCall, list[torch.Tensor]], None] | None = None   # sees every call of a kernel and its targets
+        self.drawn_is_data: Callable[[], bool] | None = None    # whether random floats that a call draws now are the program's data
         self.notes: list[Note] = []
         self.pending_scalars: list = []
         self.last_item: ScalarRef | None = None
@@ -146,6 +149,8 @@ class Recorder(TorchDispatchMode):
             keywords = {k: arg(v) for k, v in kwargs.items()} if kwargs else {}
         except LazyBits:
             return self._record(info, func, *self._without_lazy_bits(info, args, kwargs or {}))
+        if info.random and func._opname in _DRAWS and self.drawn_is_data is not None and self.drawn_is_data():
+            return self._drawn(info, func, args, kwargs)
         digest_in = crc(self._read_by(info, args, kwargs))
         if self._given:
             self._take_given()
@@ -201,6 +206,15 @@ class Recorder(TorchDispatchMode):
         if info.hidden_writes and (info.hidden_if is None or args[info.hidden_if]):
             _collect([args[k] for k in info.hidden_writes], found)
         return found
+
+    def _drawn(self, info: OpInfo, func, args, kwargs):
+        """Random numbers that are data: a new tensor comes with its bytes, an old one is overwritten by a copy of them."""
+        result = func(*args, **(kwargs or {}))
+        for t in self._written(info, args, kwargs):
+            with unseen():
+                drawn = t.detach().clone()
+            self._record(self._info(torch.ops.aten.copy_.default), torch.ops.aten.copy_.default, (t, drawn), None)
+        return result
 
     def _without_lazy_bits(self, info: OpInfo, args, kwargs) -> tuple:
         """The arguments with lazily conjugated or negated tensors made real, by recorded calls."""
@@ -284,6 +298,9 @@ class Recorder(TorchDispatchMode):
         ref = self._new_scalar(value)
         self.append(f"tv.scalar.{op}", tuple(args), outs=ref, kwargs={"value": float.__pos__(value)})
         return ref
+
+    def value_of(self, ref: ScalarRef) -> float:
+        return self.scalar_values[ref.id]
 
     def decision(self, op: str, args: tuple, outcome: bool) -> None:
         self.append("tv.decision", (op, *args), outs=bool(outcome))

@@ -33,6 +33,7 @@ class Sink(Protocol):
     pending_scalars: list[TrackedFloat]
 
     def scalar(self, op: str, args: tuple, value: float) -> ScalarRef: ...
+    def value_of(self, ref: ScalarRef) -> float: ...
     def decision(self, op: str, args: tuple, outcome: bool) -> None: ...
     def escape(self, how: str, what: ScalarRef | torch.Tensor) -> None: ...
 
@@ -229,14 +230,14 @@ _ESCAPES = ("tolist", "numpy", "__array__", "__int__", "__index__", "__complex__
 class ScalarMode(ReentrantMode):
     """Makes item() return tracked floats, keeps their origin on the way back into tensors, and reports escapes and decisions."""
 
-    def __init__(self, sink: Sink):
+    def __init__(self, sink: Sink, on_read: Callable[[TrackedFloat], None] | None = None):
         super().__init__()
-        self.sink = sink
+        self.sink, self.on_read = sink, on_read
         self._math: dict[str, Callable] = {}
         tensor = torch.Tensor
         self._handlers: dict[Any, Callable] = {
-            tensor.item: self._item, tensor.__float__: self._float, tensor.__bool__: self._bool, tensor.is_nonzero: self._bool,
-            torch.is_nonzero: self._bool, torch.tensor: self._make, torch.as_tensor: self._make, torch.asarray: self._make,
+            tensor.item: self._item, tensor.__float__: self._float, tensor.__format__: self._format, tensor.__bool__: self._bool,
+            tensor.is_nonzero: self._bool, torch.is_nonzero: self._bool, torch.tensor: self._make, torch.as_tensor: self._make, torch.asarray: self._make,
             tensor.new_tensor: self._new, tensor.__setitem__: self._setitem, tensor.__deepcopy__: self._deepcopy,
             torch.equal: self._equal, torch.allclose: self._equal, tensor.equal: self._equal, tensor.allclose: self._equal}
         self._handlers.update({getattr(tensor, name): self._escape for name in _ESCAPES})
@@ -281,13 +282,30 @@ class ScalarMode(ReentrantMode):
 
     def _item(self, func, args, kwargs):
         value, ref = self._read(func, args, kwargs)
-        return TrackedFloat(value, ref, self.sink) if type(value) is float and ref is not None else value
+        return self._tell(value, ref) if type(value) is float and ref is not None else value
+
+    def _tell(self, value: float, ref: ScalarRef) -> TrackedFloat:
+        """The tracked float, of which whoever lists what is read is told."""
+        tracked = TrackedFloat(value, ref, self.sink)
+        if self.on_read is not None:
+            self.on_read(tracked)
+        return tracked
 
     def _float(self, func, args, kwargs):
         # Python makes an exact float of whatever __float__ returns, so the origin cannot be kept.
         value, ref = self._read(func, args, kwargs)
+        if ref is not None:
+            self._tell(value, ref)
         self.sink.escape("float", args[0] if ref is None else ref)
         return value
+
+    def _format(self, func, args, kwargs):
+        if self.on_read is None or type(args[0]) is not torch.Tensor or args[0].dim():
+            return self._with_pending(func, args, kwargs)
+        text, ref = self._read(func, args, kwargs)
+        if ref is not None:
+            self._tell(self.sink.value_of(ref), ref)
+        return text
 
     def _bool(self, func, args, kwargs):
         outcome, ref = self._read(func, args, kwargs)

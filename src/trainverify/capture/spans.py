@@ -74,6 +74,10 @@ class Spans:
             if self._modules.pop()[0] == id(module):
                 return
 
+    def inside_module(self) -> bool:
+        """Whether a module's forward is running."""
+        return bool(self._modules)
+
     def begin_step(self, n: int) -> None:
         self.step, self.phase, self._after_backward = n, "forward", False
         self._modules.clear()

@@ -55,6 +55,23 @@ def calling_file(frame) -> str:
     return frame.f_code.co_filename
 
 
+def calling_frame(frame):
+    """The first frame, from this one outwards, that is neither ours nor of torch's plumbing between a call and its function modes; None at the bottom."""
+    while frame is not None and (frame.f_code.co_filename.startswith(_OURS) or frame.f_code.co_filename in _torch_plumbing()):
+        frame = frame.f_back
+    return frame
+
+
+def is_torch_file(file: str) -> bool:
+    """Whether a source file is torch's own."""
+    return file.startswith(_torch_directory())
+
+
+@functools.cache
+def _torch_plumbing() -> frozenset[str]:
+    return frozenset(_torch_directory() + name for name in ("_tensor.py", "overrides.py", "utils/_contextlib.py"))
+
+
 def frames_of_exception(error: BaseException) -> tuple[Frame, ...]:
     """The user's frames of a traceback, outermost first; a chained cause's where the exception itself has none."""
     frames = traceback.extract_tb(error.__traceback__)

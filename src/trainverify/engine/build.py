@@ -116,7 +116,7 @@ def _unbound(comparison: Comparison, diagnostics: list[Diagnostic]) -> list[Diag
 def _absent(analysis: Analysis) -> list[Diagnostic]:
     """Outputs that are missing or shares, one diagnostic for each reason."""
     told = {"REL005": ("error", "an output of the reference is missing", "report or hold it on some rank"),
-            "REL006": ("warning", "a scalar is a rank's share", "declare it with tv.local")}
+            "REL006": ("warning", "a scalar is a rank's share", "declare it with tv.local (of a script: --local NAME=mean, or --skip NAME)")}
     out: dict[tuple[str, str], list[str]] = {}
     for j in analysis.judgements:
         if j.code in told:

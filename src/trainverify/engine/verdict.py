@@ -91,6 +91,8 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
         how = _is_share(c)
         return Judgement(c, "UNKNOWN", "REL006", f"rank-local scalar: the {how} over the ranks is the reference's; "
                          f"declare it with tv.local(x, reduce=\"{how}\")", wrongs)
+    if wrongs and c.reference.kind == "scalar" and any(p.recorded.call.kwargs.get("alone") for p in c.pieces):
+        return Judgement(c, "UNKNOWN", "REL006", "differs, and only some ranks read it: it may be their share", wrongs)
     distrusted = sorted(DISTRUSTED & set(blocked))
     if wrongs and distrusted:
         return Judgement(c, "UNKNOWN", distrusted[0], f"differs in the replay, but see {', '.join(distrusted)}")
