@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import trainverify as tv
 
-LAYERS, HIDDEN, HEADS, GROUPS, HEAD, FFN = 2, 16, 6, 2, 4, 28
-VOCAB, LENGTH, ROWS, MICROBATCHES = 36, 6, 2, 4
+LAYERS, HIDDEN, HEADS, GROUPS, HEAD, FFN = 2, 18, 6, 2, 4, 28
+VOCAB, LENGTH, ROWS, MICROBATCHES = 40, 6, 2, 4
 IGNORE = -1
 LR, DECAY, CLIP = 1e-2, 0.1, 0.02
 
