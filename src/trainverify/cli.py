@@ -195,7 +195,7 @@ def _command(commands: Any, name: str, what: str, epilog: str = "") -> argparse.
 def _capture_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ranks", metavar="N", type=_positive, help="world size (default: RANKS of the spec)")
     p.add_argument("--case", metavar="K=V,...", type=_case, action="append", default=[], help="arguments of parallel(ref, ...); can be given several times")
-    p.add_argument("--stand-in", metavar="NAME,...", type=_stand_ins, default=(), help="take this package's functions as plain PyTorch: apex, flash_attn or grouped_gemm")
+    p.add_argument("--stand-in", metavar="NAME,...", type=_stand_ins, default=(), help="take this package's functions as plain PyTorch: apex, flash_attn, grouped_gemm, transformer_engine")
     p.add_argument("--steps", metavar="K", type=_positive, help="training steps (default: 2)")
     p.add_argument("--seed", metavar="S", type=_seed, default=0, help="of the values that weights and inputs take (default: 0)")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="wall-clock limit of each side's capture (default: 300)")

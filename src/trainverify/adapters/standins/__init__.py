@@ -20,6 +20,7 @@ _VERSIONS = {                                 # what a program that asks is told
     "apex": Package("apex", ("apex", "amp_C"), "0.1"),
     "flash_attn": Package("flash-attn", ("flash_attn",), "2.8.3"),
     "grouped_gemm": Package("grouped-gemm", ("grouped_gemm",), "1.1.4"),
+    "transformer_engine": Package("transformer-engine", ("transformer_engine",), "2.2.0"),
 }
 STANDINS: Mapping[str, Package] = MappingProxyType(_VERSIONS)
 
