@@ -73,6 +73,15 @@ ACCUMULATING = [
 ]
 
 
+def test_torchtitan_scatter_add():
+    library = torch.library.Library("torchtitan", "FRAGMENT")     # the op of that framework, which need not be installed
+    if not hasattr(torch.ops.torchtitan, "deterministic_scatter_add"):
+        library.define("deterministic_scatter_add(Tensor out, Tensor index, Tensor src) -> Tensor")
+        library.impl("deterministic_scatter_add", lambda out, index, src: out.scatter_add(0, index, src), "CPU")
+    call = (X, torch.tensor([2, 0, 2, 1, 2])[:, None].expand(-1, 4), numbers(5, 4))
+    check_row(torch.ops.torchtitan.deterministic_scatter_add.default, call, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("call", ACCUMULATING, ids=lambda c: str(c[0]))
 def test_repeated_places_accumulate(call):
     op, *args = call

@@ -162,7 +162,7 @@ class _Marker:
         self.both = both
         self.values = both.blobs.get(SCALARS, np.empty(0)), both.other_blobs.get(SCALARS, np.empty(0))
         self.made = len(self.values[0])        # number for the next unknown scalar
-        self.known: list[int] = []             # tracked scalars defined so far
+        self.known: dict[tuple[bytes, bytes], int] = {}    # the last tracked scalar so far that has these values in the two captures
         self.out: list[OpCall] = []
         self.found = 0
         self.opened: set[int] = set()
@@ -193,20 +193,23 @@ class _Marker:
         call.args = tuple([self._argument(a, b, call) for a, b in zip(call.args, other.args)])
         call.kwargs = {k: a if k in skip else self._argument(a, other.kwargs[k], call) for k, a in call.kwargs.items()}
         if isinstance(call.outs, ScalarRef):
-            self.known.append(call.outs.id)
+            k, (mine, theirs) = call.outs.id, self.values
+            if k < len(mine) and k < len(theirs):
+                self.known[_bits(mine[k]), _bits(theirs[k])] = k
 
     def _argument(self, a: Arg, b: Arg, call: OpCall) -> Arg:
         if isinstance(a, Sequence):
             return Sequence(tuple([self._argument(x, y, call) for x, y in zip(a.items, b.items)]))
-        return self._number(a, b, call) if type(a) is float and _bits(a) != _bits(b) else a
+        return self._number(a, b, call) if type(a) is float else a
 
-    def _number(self, a: float, b: float, call: OpCall) -> ScalarRef:
-        mine, theirs = self.values
-        same = [k for k in self.known if k < len(mine) and k < len(theirs) and _bits(mine[k]) == _bits(a) and _bits(theirs[k]) == _bits(b)]
-        if same:
+    def _number(self, a: float, b: float, call: OpCall) -> float | ScalarRef:
+        same = self.known.get((_bits(a), _bits(b)))
+        if _bits(a) == _bits(b) and (same is None or _is_short(a)):
+            return a                           # a tracked value may round to the same in both captures: then no constant has all its digits
+        if same is not None:
             self._note("CAP007", call, f"the number {a!r} is taken for the tracked value that it equals")
             self.found += 1
-            return ScalarRef(same[-1])
+            return ScalarRef(same)
         self._note("CAP006", call, f"the number {a!r} given to {_short(call)} changes with the weights, by a way that is not tracked")
         return self._unknown(a, call)
 
@@ -281,6 +284,11 @@ class _Marker:
 
 def _bits(x: float) -> bytes:
     return struct.pack("<d", x)
+
+
+def _is_short(x: float) -> bool:
+    """Whether x is a number that programs write down, like 0.5 or 3: at most 12 binary digits."""
+    return not math.isfinite(x) or (math.frexp(x)[0] * 4096).is_integer()
 
 
 def _short(call: OpCall) -> str:

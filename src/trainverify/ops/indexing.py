@@ -129,6 +129,12 @@ def scatter_add(m, x, dim, index, src):
     return accumulated(m, x, _where(aten.gather, x, dim, index), src, _block(src, index))
 
 
+@rows("torchtitan.deterministic_scatter_add", source="torchtitan.ops.scatter_add")
+def deterministic_scatter_add(m, out, index, src):
+    """torch.scatter_add along dim 0, in a fixed order of additions."""
+    return scatter_add(m, out, 0, index, src)
+
+
 @rows("aten.scatter_reduce", source="torch.scatter_reduce")
 def scatter_reduce(m, x, dim, index, src, reduce, *, include_self=True):
     """scatter_add; without include_self the places that are written start at 0."""

@@ -1,13 +1,16 @@
 """What changes with the symbols without a recorded reason is found by a second capture and made unknown."""
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from capture.check import replayed
 from trainverify.capture.options import CaptureOptions
+from trainverify.capture.provenance import SCALARS, mark_changes
 from trainverify.capture.session import capture
 from trainverify.capture.spec import load_spec
-from trainverify.ir.trace import ScalarRef, inputs
+from trainverify.capture.tags import TagTable
+from trainverify.ir.trace import OpCall, Program, ScalarRef, Trace, inputs
 
 SPEC = Path(__file__).parent / "specs" / "leaving.py"
 
@@ -48,6 +51,20 @@ def test_nothing_is_lost(how):
 def test_a_number_that_equals_a_tracked_one():
     trace = captured("stripped_to_the_same").parallel.traces[0]
     assert codes(trace) == ["CAP007"] and "tv.scalar.unknown" not in names(trace)
+
+
+@pytest.mark.parametrize(("value", "taken"), [(3.9443554878234863, True), (0.5, False), (1.0, False)])
+def test_a_number_that_rounds_to_the_same_in_both_captures(value, taken):
+    """Weights differ so little between the captures that a sum of them may be the same in both."""
+    def program(reported):
+        ops = [OpCall(0, "aten._local_scalar_dense", (), {}, ScalarRef(0)), OpCall(1, "tv.output", ("scalar", "loss", 1, reported), {}, None)]
+        return Program([Trace("reference", 0, 1, ops=ops)], [{SCALARS: np.array([value])}])
+
+    first, table = program(value), TagTable([])
+    assert mark_changes(first, program(value), table, table) == int(taken)
+    assert first.traces[0].ops[1].args[3] == (ScalarRef(0) if taken else value)
+    other = program(7.25)
+    assert mark_changes(other, program(7.25), table, table) == 0 and other.traces[0].ops[1].args[3] == 7.25
 
 
 @pytest.mark.parametrize("how", ["stripped", "eight_bits"])
