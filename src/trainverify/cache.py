@@ -46,7 +46,7 @@ def installation() -> str:
 
 def is_used(options: Options, extra_rows) -> bool:
     """Whether a verdict may come from an earlier run: not where it depends on Python functions of the spec, nor where more is asked for than a report."""
-    return options.cache and not extra_rows and not any((options.dry_run, options.second_opinion, options.certificate, options.dump_unknown, options.counterexample))
+    return options.cache and not extra_rows and not any((options.dry_run, options.self_test, options.second_opinion, options.certificate, options.dump_unknown, options.counterexample))
 
 
 def recall(address: str, report: Report) -> bool:

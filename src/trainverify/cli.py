@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
     verify.add_argument("--no-cache", action="store_true", help="work the verdict out again, also where an earlier run on identical programs has")
     verify.add_argument("--no-repair", action="store_true", help="where outputs differ, do not try what would mend them")
+    verify.add_argument("--self-test", action="store_true", help="also plant bugs in the recorded program, and say which of them this spec would show")
     verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
     verify.add_argument("--certificate", metavar="FILE", type=_new_file, help="write the proved obligations, for `trainverify recheck`")
     verify.add_argument("--counterexample", metavar="FILE.py", type=_new_file, help="if refuted: minimise the inputs, and write a script of plain PyTorch that shows the difference")
@@ -332,7 +333,7 @@ def _case_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace, argv: list[str]) -> int:
-    asked = [f"--{name.replace('_', '-')}" for name in ("second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
+    asked = [f"--{name.replace('_', '-')}" for name in ("self_test", "second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
     if asked and args.dry_run:
         return _usage(f"verify: error: {asked[0]} needs a comparison, and --dry-run makes none")
     if args.path is None or args.all_cases:
@@ -340,7 +341,7 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
     if fixed and args.path.is_dir():
         return _usage(f"verify: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
-    options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, second_opinion=args.second_opinion,
+    options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, self_test=args.self_test, second_opinion=args.second_opinion,
                        certificate=args.certificate, dump_unknown=args.dump_unknown, counterexample=args.counterexample)
     entry = "verify_dir" if args.path.is_dir() else "verify_spec"
     report = _run(args, options, entry, args.path, options)

@@ -258,6 +258,18 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
     fill(report, analysis, reference, parallel, groups, findings, explained)
     _keep_obligations(report, analysis, reference, parallel, options)
     report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)
+    _self_test(report, analysis, reference, parallel, options, progress)
+
+
+def _self_test(report: Report, analysis, reference, parallel, options: Options, progress: Callable) -> None:
+    """Plant bugs, and see which this spec would have shown, where the user asked for it."""
+    if not options.self_test:
+        return
+    from trainverify.diagnose.selftest import self_test
+
+    clock = time.perf_counter()
+    report.self_test = self_test(reference, parallel, analysis, options.seed, progress)
+    report.phases.append(Phase("self-test", time.perf_counter() - clock, f"{report.self_test.replayed:,} calls"))
 
 
 def _repaired(reference, parallel, analysis, told, extra_rows, options: Options, progress: Callable) -> list:

@@ -106,7 +106,7 @@ class Trials:
         comparison = Comparison(self.symbols, [m], *worlds, like=self.like)
         comparison.run()
         machines = [machine for w in worlds for machine in w.machines]
-        return Outcome(comparison.compared.get(self.key), tape.results, tape.arguments, _decisions(worlds), sum(a.ops for a in machines),
+        return Outcome(comparison.compared.get(self.key), tape.results, tape.arguments, decisions_of(worlds), sum(a.ops for a in machines),
                        sum(a.elements for a in machines), sum(len(a.diagnostics) for a in machines))
 
 
@@ -152,12 +152,16 @@ def sliced(program: Program, wanted: Iterable[Node], key: Key) -> Program:
 
 def same_decisions(old: Outcome, new: Outcome) -> bool:
     """Whether each decision falls on the new values as it fell on the old ones."""
-    if len(old.decisions) != len(new.decisions):
+    return fall_alike(old.decisions, new.decisions)
+
+
+def fall_alike(old: list[tuple[Machine, Decision]], new: list[tuple[Machine, Decision]]) -> bool:
+    if len(old) != len(new):
         return False
-    return all(a.call is b.call and a.kind == b.kind and _falls_alike(a, b) for (_, a), (_, b) in zip(old.decisions, new.decisions))
+    return all(a.call is b.call and a.kind == b.kind and _falls_alike(a, b) for (_, a), (_, b) in zip(old, new))
 
 
-def _decisions(worlds: list[World]) -> list[tuple[Machine, Decision]]:
+def decisions_of(worlds: list[World]) -> list[tuple[Machine, Decision]]:
     return [(m, d) for w in worlds for m in w.machines for d in m.decisions if not is_idle(m, d)]
 
 

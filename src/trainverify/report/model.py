@@ -97,6 +97,30 @@ class Counterexample(msgspec.Struct, frozen=True):
     script: str = ""                          # file that reproduces it
 
 
+class PlantedBug(msgspec.Struct, frozen=True):
+    """A bug that was planted in the recorded program and that no compared output would have shown."""
+
+    kind: str                                 # collective dropped, other factor, update dropped, ...
+    text: str                                 # "all_reduce dropped"
+    place: str
+    ranks: tuple[int, ...]
+    why: str                                  # "its result is the same here"
+
+
+class SelfTest(msgspec.Struct, frozen=True):
+    """How many bugs that were planted in the program this spec would have shown, without proofs. Some planted bugs change nothing in any spec."""
+
+    planted: int = 0
+    revealed: int = 0
+    witnessed: int = 0                        # of those revealed: float64 shows them at the recorded inputs (REFUTED; the others are UNKNOWN)
+    kinds: tuple[tuple[str, int, int], ...] = ()     # (kind, planted, revealed)
+    hidden: tuple[PlantedBug, ...] = ()
+    unreached: tuple[str, ...] = ()           # outputs that no planted bug changes: "gradient layers.0.wq.weight"
+    outputs: int = 0                          # compared, those of all steps as one
+    replayed: int = 0                         # calls
+    note: str = ""                            # why nothing was planted
+
+
 class Lineage(msgspec.Struct, frozen=True):
     """What one float result of a rank holds of the reference. kind: replicate, shard, permuted, joined (elements of several values), partial, scaled,
     constant, inner (a value inside an operation of the reference), empty, unaligned, unknown (too large to be looked at)."""
@@ -185,6 +209,7 @@ class Report(msgspec.Struct):
     versions: dict[str, str] = {}
     schema_version: int = SCHEMA_VERSION
     counterexample: Counterexample | None = None     # where one was asked for
+    self_test: SelfTest | None = None                # where one was asked for
     mode: str = "verify"                      # verify, dry-run (nothing was compared), capture
 
     @property

@@ -11,6 +11,7 @@ from typing import TextIO
 from trainverify.diagnostics import Diagnostic, Span
 from trainverify.report.counterexample import counterexample_lines
 from trainverify.report.model import Finding, OutputResult, Report
+from trainverify.report.selftest import self_test_lines
 from trainverify.report.source import excerpt
 from trainverify.report.words import JOIN, count_of, fold_names, int_ranges, join_wrapped, memory_text, number, ranks_text, short_path, short_paths, wrap
 
@@ -36,6 +37,7 @@ def render(report: Report, *, width: int = WIDTH, saved: str = "", traces: str =
         _bindings(report, width),
         _table(report, width),
         *[diagnostic_lines(d, width) for d in by_severity(report.diagnostics, ("warning", "note"))],
+        self_test_lines(report.self_test, width),
         _facts(report, width),
         _summary(report, width, saved, traces),
     ]
