@@ -56,10 +56,11 @@ def width(dtype: str) -> int:
 
 def something_leaves(program: Program, table: TagTable) -> bool:
     """Whether a float that may depend on symbols has left a tensor for Python."""
-    return any(_leaves(t, b, table) for t, b in zip(program.traces, program.blobs))
+    return any(True for t, b in zip(program.traces, program.blobs) for _ in _leaving(t, b, table))
 
 
-def _leaves(trace: Trace, blobs: dict, table: TagTable) -> bool:
+def _leaving(trace: Trace, blobs: dict, table: TagTable) -> Iterator[OpCall]:
+    """The calls by which a float that may depend on symbols leaves a tensor, or by which a number is made of such floats."""
     tainted: set[int] = set()                  # storages
     scalars: set[int] = set()
     seen: set[int] = set()
@@ -88,14 +89,11 @@ def _leaves(trace: Trace, blobs: dict, table: TagTable) -> bool:
         if call.name == "tv.escape":
             ref = call.args[1]
             if isinstance(ref, ScalarRef) or is_float(ref.dtype):
-                return True
-        elif call.name.startswith("aten._local_scalar_dense"):
-            if isinstance(call.outs, ScalarRef):
-                return True
+                yield call
         tainted.update(t.storage for t in call.targets())
         if isinstance(call.outs, ScalarRef):
             scalars.add(call.outs.id)
-    return False
+            yield call
 
 
 def _scalars(call: OpCall) -> Iterator[ScalarRef]:
@@ -163,6 +161,7 @@ class _Marker:
         self.values = both.blobs.get(SCALARS, np.empty(0)), both.other_blobs.get(SCALARS, np.empty(0))
         self.made = len(self.values[0])        # number for the next unknown scalar
         self.known: dict[tuple[bytes, bytes], int] = {}    # the last tracked scalar so far that has these values in the two captures
+        self.dependent = {c.outs.id for c in _leaving(both.trace, both.blobs, both.table) if isinstance(c.outs, ScalarRef)}
         self.out: list[OpCall] = []
         self.found = 0
         self.opened: set[int] = set()
@@ -204,8 +203,8 @@ class _Marker:
 
     def _number(self, a: float, b: float, call: OpCall) -> float | ScalarRef:
         same = self.known.get((_bits(a), _bits(b)))
-        if _bits(a) == _bits(b) and (same is None or _is_short(a)):
-            return a                           # a tracked value may round to the same in both captures: then no constant has all its digits
+        if _bits(a) == _bits(b) and (same not in self.dependent or _is_short(a)):
+            return a                           # a value that depends on symbols may round to the same in both captures: then no constant has all its digits
         if same is not None:
             self._note("CAP007", call, f"the number {a!r} is taken for the tracked value that it equals")
             self.found += 1
