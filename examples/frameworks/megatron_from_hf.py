@@ -1,8 +1,11 @@
-"""megatron-core against Hugging Face's Llama, whose weights are converted to Megatron's: fused qkv per group of heads, fused gate and up."""
+"""megatron-core against Hugging Face's Llama, whose weights are converted to Megatron's: fused qkv per group of heads, fused gate and up.
+
+Megatron's own attention masks with -10000. Over the real numbers exp(-10000) is not 0, so the Llama is given an attention function that does so too.
+"""
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import trainverify as tv
 from common.mcore import CLIP, DECAY, FFN, GROUPS, HEAD, HEADS, HIDDEN, IGNORE, LAYERS, LR, VOCAB, Layout, batch, training
@@ -14,14 +17,21 @@ def RANKS(tp=1, pp=1, sp=False):
     return tp * pp
 
 
+def attention(module, query, key, value, attention_mask, scaling, **unused):
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -10000.0).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 def reference():
     torch.manual_seed(0)
+    AttentionInterface.register("masked_with_-10000", attention)
     model = LlamaForCausalLM(LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD,
-        vocab_size=VOCAB, rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager"))
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0.0}], lr=LR)
+        vocab_size=VOCAB, rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="masked_with_-10000"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
     data = batch()
 
     def step():

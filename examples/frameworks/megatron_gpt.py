@@ -18,5 +18,5 @@ def reference():
     return training()
 
 
-def parallel(ref, tp=1, pp=1, dp=1, sp=False, distributed_optimizer=False):
-    return training(Layout(tp, pp, sp=sp, distributed_optimizer=distributed_optimizer), load=checkpoint(ref.checkpoint()), data=ref.batch)
+def parallel(ref, dp=1, **layout):
+    return training(Layout(**layout), load=checkpoint(ref.checkpoint()), data=ref.batch)

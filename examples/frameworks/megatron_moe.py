@@ -6,20 +6,20 @@ MOE = dict(num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=12, moe_tok
 # `norm if norm else 0.0`: either way the number that is added is the norm. World size 1 has one optimizer, and nothing to add.
 ACCEPT = ["megatron/core/optimizer/optimizer.py:1284"]
 CASES = [
-    {"ep": 2},
-    {"ep": 2, "tp": 2, "sp": True, "distributed_optimizer": True},
-    {"ep": 2, "pp": 2},
-    {"ep": 2, "tp": 2, "pp": 2, "sp": True, "distributed_optimizer": True},
+    {"dp": 2, "ep": 2},
+    {"dp": 2, "tp": 2, "sp": True, "ep": 2, "distributed_optimizer": True},
+    {"dp": 2, "pp": 2, "ep": 2},
+    {"tp": 2, "sp": True, "pp": 2, "ep": 2, "etp": 1, "distributed_optimizer": True},
 ]
 
 
-def RANKS(ep=2, tp=1, pp=1, sp=False, distributed_optimizer=False):
-    return ep * tp * pp
+def RANKS(dp=1, tp=1, pp=1, **other):
+    return dp * tp * pp
 
 
 def reference():
     return training(**MOE)
 
 
-def parallel(ref, ep=2, tp=1, pp=1, sp=False, distributed_optimizer=False):
-    return training(Layout(tp, pp, ep, sp, distributed_optimizer), load=checkpoint(ref.checkpoint()), data=ref.batch, **MOE)
+def parallel(ref, dp=1, **layout):
+    return training(Layout(**layout), load=checkpoint(ref.checkpoint()), data=ref.batch, **MOE)

@@ -1,10 +1,10 @@
 """megatron-core with calculate_per_token_loss: gradients are divided by the tokens of all microbatches and ranks, once, in finalize_model_grads."""
 from common.mcore import Layout, checkpoint, training
 
-CASES = [{"dp": 2, "tp": 1}, {"dp": 1, "tp": 2}, {"dp": 2, "tp": 1, "distributed_optimizer": True}]
+CASES = [{"dp": 2}, {"dp": 2, "distributed_optimizer": True}, {"tp": 2, "sp": True}]
 
 
-def RANKS(dp=2, tp=1, distributed_optimizer=False):
+def RANKS(dp=1, tp=1, **other):
     return dp * tp
 
 
@@ -12,6 +12,5 @@ def reference():
     return training(calculate_per_token_loss=True)
 
 
-def parallel(ref, dp=2, tp=1, distributed_optimizer=False):
-    layout = Layout(tp, sp=tp > 1, distributed_optimizer=distributed_optimizer)
-    return training(layout, load=checkpoint(ref.checkpoint()), data=ref.batch, calculate_per_token_loss=True)
+def parallel(ref, dp=1, **layout):
+    return training(Layout(**layout), load=checkpoint(ref.checkpoint()), data=ref.batch, calculate_per_token_loss=True)

@@ -27,11 +27,12 @@ LR, DECAY, CLIP = 1e-2, 0.1, 0.02
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share the work. Ranks that no axis takes are data parallel."""
+    """How the ranks share the work: those that tp and pp leave are data parallel; experts are shared by ep of the tp x dp ranks, and each by etp."""
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    etp: int | None = None                     # tensor parallelism within each expert (none: tp)
     sp: bool = False                           # sequence parallelism, with tp
     distributed_optimizer: bool = False
 
@@ -44,7 +45,8 @@ def config(layout, **more):
         hidden_dropout=0.0, attention_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, expert_model_parallel_size=layout.ep,
-        sequence_parallel=layout.sp, pipeline_dtype=torch.float32, params_dtype=torch.float32, use_cpu_initialization=True, **more)
+        expert_tensor_parallel_size=layout.etp, sequence_parallel=layout.sp,
+        pipeline_dtype=torch.float32, params_dtype=torch.float32, use_cpu_initialization=True, **more)
 
 
 def batch():
@@ -68,7 +70,7 @@ def training(layout=Layout(), load=None, data=None, tied=False, **more):
     """The training program of this rank. load(model) fills in the weights; data is the global batch. The reference makes both itself."""
     if not dist.is_initialized():
         dist.init_process_group("nccl")
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, expert_model_parallel_size=layout.ep)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
     cfg = config(layout, **more)
     model = model_of(cfg, tied)
