@@ -91,6 +91,46 @@ def test_bytes_that_travel_as_integers_are_not_followed():
     assert_unknown(report, "OPS006", line_of(gathered, "all_reduce"))
 
 
+def test_floats_that_are_only_moved_as_bytes_stay_what_they_are():
+    def broadcast(h):
+        mine = h.detach().clone() if dist.get_rank() == 0 else torch.zeros_like(h)
+        dist.broadcast(mine.view(torch.uint8), 0)
+        parts = [torch.empty(5, 24, dtype=torch.uint8) for _ in range(2)]
+        dist.all_gather(parts, mine.view(torch.uint8))
+        if dist.get_rank():
+            dist.send(mine.view(torch.int16), 0)
+        else:
+            dist.recv(mine.view(torch.int16), 1)
+        return h * (mine + parts[1 - dist.get_rank()].view(torch.float32)) / 2
+
+    def from_the_wrong_place(h):
+        mine = h.detach().clone()
+        parts = torch.empty(2, 5, 24, dtype=torch.uint8)
+        dist.all_gather_into_tensor(parts, mine.view(torch.uint8))
+        return h * parts.view(torch.float32)[1, :, [1, 0, 2, 3, 4, 5]]
+    assert_equal(compare_forward(product, broadcast, ranks=2))
+    assert_refuted(compare_forward(product, from_the_wrong_place, ranks=2))
+
+
+def test_bytes_that_arrive_shifted_are_no_floats():
+    def shifted(h):
+        mine = torch.cat((h.detach().flatten(), torch.zeros(1)))
+        raw = mine.view(torch.uint8)
+        other = torch.zeros_like(mine)
+        dist.all_gather([other.view(torch.uint8)[1:121]], raw[:120])
+        return h * other[:30].view(5, 6)
+    assert_unknown(compare_forward(product, shifted, ranks=1), "OPS006", line_of(shifted, "all_gather"))
+
+
+def test_bytes_that_are_moved_and_also_computed_with_are_not_followed():
+    def changed(h):
+        mine = h.detach().clone()
+        dist.broadcast(mine.view(torch.int32), 0)
+        mine.view(torch.int32).add_(1 << 23)
+        return h * mine / 2
+    assert_unknown(compare_forward(product, changed, ranks=2), "OPS006", line_of(changed, "broadcast"))
+
+
 # -- plain data over what depends on symbols
 
 def test_a_mask_that_is_set_in_part_keeps_the_rest():

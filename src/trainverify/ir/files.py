@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.ir.carried import restate_carried_floats
 from trainverify.ir.trace import Program, Trace
 
 VERSION = 1
@@ -92,7 +93,7 @@ def load_program(folder: str | os.PathLike) -> Program:
             program.blobs.append(load_file(path / blob_file))
         except (SafetensorError, OSError) as e:
             raise _fault("FILE003", f"{path / blob_file} is damaged: {e}") from e
-    return program
+    return restate_carried_floats(program)
 
 
 def _index(file: Path) -> Index:
