@@ -48,7 +48,7 @@ class Field(Order, Powers):
         self._keys = torch.tensor([primes.key(seed, f"component{i}") for i in range(4)])
         self._purposes: dict[str, int] = {}
         self._literals: dict[tuple, FieldValue] = {}
-        self._q_of_p, self._p_of_q, self._squares = HashTable(), HashTable(), HashTable(width=2)
+        self._q_of_p, self._p_of_q, self._squares, self._nonnegative = HashTable(), HashTable(), HashTable(width=2), HashTable()
         known_p, known_q = torch.tensor([0, _ONE_P]).numpy(), torch.tensor([0, _ONE_Q]).numpy()
         self._q_of_p.put(known_p, known_q[:, None])
         self._p_of_q.put(known_q, known_p[:, None])
@@ -422,7 +422,7 @@ class Field(Order, Powers):
         a = self._operand_p(a)
         if self._phase == "optimizer" and math.prod(a.shape) > _SMALL:
             return self._sqrt(a)              # of second moments: nobody squares them again
-        return self._remember_square(self._sqrt(a), a)
+        return self._remember_square(self._note_nonnegative(self._sqrt(a)), a)
 
     def _sqrt(self, a):
         sp = None if a.sp is None else codes(torch.where(a.sp == NEG_INF, math.nan, floats(a)), is_garbage(a))

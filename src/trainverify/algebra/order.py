@@ -136,14 +136,28 @@ class Order:
         out = self._value(res, self._compare_garbage(a, b, res.shape[1:]))
         if a.sp is not None or b.sp is not None:
             out.res = self._decided(op, a, b, out.res)
-        return self._remember_square(out, out)
+        return self._remember_square(self._note_nonnegative(out), out)
 
     def _greater(self, a, b) -> torch.Tensor:
         d = self._operand_p(self._linear(self._operand_p(a), self._operand_p(b), torch.sub))
         print_ = pack_p(d.res)
         if b.num is not None and a.flags & MAXED:
             print_ = self._without_floor(a, b, print_)
-        return self._above(print_)
+        atom = self._above(print_)
+        if a.num is not None and (a.num <= 0).any():           # a root or a distance is never below 0
+            never = (a.num <= 0) & self._is_nonnegative(b)
+            atom = atom.masked_fill(never.expand(atom.shape[1:]), 0)
+        return atom
+
+    def _is_nonnegative(self, v: FieldValue) -> torch.Tensor:
+        """Whether v is known as the result of a root, an absolute value or a comparison."""
+        found, _ = self._nonnegative.get(pack_p(v.res).reshape(-1).numpy())
+        return torch.from_numpy(found).reshape(v.shape)
+
+    def _note_nonnegative(self, v: FieldValue) -> FieldValue:
+        prints = pack_p(v.res).reshape(-1)
+        self._nonnegative.put(prints.numpy(), prints.unsqueeze(-1).numpy())
+        return v
 
     def _without_floor(self, a, b, print_: torch.Tensor) -> torch.Tensor:
         """max(x, c) > d is x > d for constants c <= d."""
@@ -198,12 +212,14 @@ class Order:
         return out
 
     def _blend(self, m, a, b):
+        if m.sp is None and bool(((m.res == 0).all(0) | (m.res == 1).all(0)).all()):
+            return self.where(m.res[0] == 1, a, b)             # a choice that signs or infinities have made
         x, y = (FieldValue(v.shape, self._lift(v).clone(), flags=v.flags) for v in (a, b))
         out = self._linear(self.mul(m, x), self.mul(self.sub(self.const(1), m), y), torch.add)
         if a.sp is None and b.sp is None and m.sp is None:
             return out
-        shape = out.shape                     # an infinity that a symbol selects: neither operand, known only by how it came about
-        special = torch.zeros(shape, dtype=torch.bool)
+        shape = out.shape
+        special = torch.zeros(shape, dtype=torch.bool)   # an infinity that a symbol selects: neither operand, known only by how it came about
         for v in (a, b):
             special = special if v.sp is None else special | (v.sp != 0)
         h = mix(mix(self.fingerprint(m) ^ self._key("blend")) ^ self.fingerprint(a))
@@ -233,7 +249,7 @@ class Order:
         x, y = pack_p(a.res), pack_p(self.neg(a).res)
         res = self._atoms(mix(torch.minimum(x, y) ^ self._key("abs"))).res.masked_fill(x == 0, 0)
         sp = None if a.sp is None else codes(floats(a).abs(), is_garbage(a))
-        return self._remember_square(self._value(res, sp), self._mul(a, a))
+        return self._remember_square(self._note_nonnegative(self._value(res, sp)), self._mul(a, a))
 
     @staticmethod
     def _undefined(a: FieldValue) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from trainverify.algebra.powers import Powers
 from trainverify.algebra.primes import P, pack_p
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.elements import Elements, Some
-from trainverify.kernel.store import GARBAGE, I64, INF_ID, NINF_ID, ZERO_ID
+from trainverify.kernel.store import GARBAGE, I64, INF_ID, NINF_ID, ONE_ID, ZERO_ID
 from trainverify.kernel.terms import POSITIVE
 
 
@@ -290,6 +290,9 @@ class Terms(Powers):
         if not isinstance(mask, torch.Tensor):
             if not self.is_const(mask):
                 f = self.field.where(mask.f, a.f, b.f)
+                x, y, chosen = (self._flat(v, f.shape) for v in (a, b, mask))
+                if ((chosen == ZERO_ID) | (chosen == ONE_ID)).all():
+                    return TermValue(f, torch.from_numpy(np.where(chosen == ONE_ID, x, y)).reshape(f.shape))
                 blend = self.add(self.mul(mask, a), self.mul(self.sub(self.const(1), mask), b))
                 return TermValue(f, self.ids(blend).expand(f.shape))
             mask = mask.f.num != 0

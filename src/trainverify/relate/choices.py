@@ -31,9 +31,20 @@ def undecided(reference: World, parallel: World, terms: Terms) -> list[tuple[int
     out = []
     for machine in parallel.machines:
         for d in machine.decisions:
-            if not is_idle(machine, d) and not all(_holds(terms, fact, answer, known) for fact, answer in _facts(terms, d)):
+            if not is_idle(machine, d) and not _by_constants(terms, d) and not all(_holds(terms, fact, answer, known) for fact, answer in _facts(terms, d)):
                 out.append((machine.rank, d))
     return out
+
+
+def _by_constants(terms: Terms, d: Decision) -> bool:
+    """Whether a mask was read that is the same for all values of the symbols: `isfinite` of what is defined, a root that is below 0."""
+    values = d.operands.get(terms.name, ())
+    if d.kind != "mask" or len(values) != 1 or isinstance(values[0], (torch.Tensor, Complex)):
+        return False
+    ids = terms.ids(values[0]).reshape(-1).tolist()
+    answers = d.outcome.reshape(-1).tolist() if isinstance(d.outcome, torch.Tensor) else [d.outcome]
+    constants = terms.nodes.constants
+    return len(ids) == len(answers) and all(i in constants and constants[i] == a for i, a in zip(ids, answers))
 
 
 def _holds(terms: Terms, fact: Fact, answer: object, known: dict[Fact, object]) -> bool:

@@ -22,6 +22,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
     """A diagnostic for each parallel decision some of whose operands are no reference decision's (by fingerprint: a guess, so
     that equality here never proves anything, and a mismatch only withholds a verdict); and the places (FILE:LINE) of those that `accept` accepts."""
     known: dict[str, set[int]] = {}
+    constants = set(field.fingerprint(field.data(torch.tensor([0.0, 1.0]))).tolist())      # masks that no symbol decides
     taken: dict[tuple[str, bytes], bytes] = {}
     for machine in reference.machines:
         for d in machine.decisions:
@@ -35,7 +36,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             span = machine.span(d.call)
             place = f"{span.file}:{span.line}" if span else ""
             prints = _prints(field, d)
-            strange = prints - known.get(d.kind, set())
+            strange = prints - known.get(d.kind, set()) - (constants if d.kind == "mask" else set())
             if is_idle(machine, d):
                 continue
             if not strange:
