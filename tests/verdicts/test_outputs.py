@@ -98,6 +98,40 @@ def test_momentum_in_the_wrong_place():
         assert is_equal(output(report, "first::momentum_buffer", step=1)), summary(report)
 
 
+def by_turns(skipped=-1):
+    """Flat copies of the parameters, which the optimizer is shown one at a time and for its step only."""
+    def build(model, batch):
+        parameters = list(model.parameters())
+        masters = [nn.Parameter(p.detach().reshape(-1).clone()) for p in parameters]
+        optimizer = torch.optim.SGD(masters, lr=LR, momentum=0.9)
+
+        def step():
+            loss = F.cross_entropy(model(batch["x"]), batch["targets"])
+            loss.backward()
+            for i, (parameter, master) in enumerate(zip(parameters, masters)):
+                master.grad, parameter.grad = parameter.grad.reshape(-1), None
+                optimizer.param_groups[0]["params"] = [master]
+                optimizer.step()
+                optimizer.param_groups[0]["params"] = []
+                parameter.data.copy_(master.detach().view_as(parameter))
+                if i == skipped:
+                    optimizer.state[master]["momentum_buffer"].mul_(2)
+            return {"loss": loss}
+        return step
+    return build
+
+
+def test_parameters_that_an_optimizer_sees_by_turns():
+    assert_equal(against_right(by_turns(), trained(momentum=0.9), steps=2))
+
+
+def test_state_of_a_parameter_that_an_optimizer_sees_by_turns():
+    report = against_right(by_turns(skipped=1), trained(momentum=0.9), steps=2)
+    assert_refuted(report)
+    assert output(report, "second::momentum_buffer", "state").verdict == "REFUTED", summary(report)
+    assert is_equal(output(report, "first::momentum_buffer", "state")), summary(report)
+
+
 def test_scalar_that_nobody_reports():
     report = against_right(trained(report=("loss",)), right=trained(report=("loss", "again")))
     assert_unknown(report, "REL005")

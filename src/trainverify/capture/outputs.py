@@ -35,6 +35,7 @@ class Outputs:
         self.chunks: list[torch.nn.Module] = []
         self.step = 0
         self._stepped: list[torch.optim.Optimizer] = []
+        self._parameters: list[tuple[torch.optim.Optimizer, torch.Tensor]] = []   # that were stepped; some libraries show each to the optimizer for a step only
         self._names: dict[int, str] = {}
         self._last_hooks: dict[int, Any] = {}
         self._emitted: set[tuple[str, str]] = set()
@@ -67,9 +68,9 @@ class Outputs:
         if self.symbols is not None:
             self.symbols.define_model(chunks)
             with unseen():
-                self._names = optimizer_names(self.optimizers, chunks)
+                names = optimizer_names(self.optimizers, chunks)
             for optimizer in self.optimizers:
-                self.symbols.define_state(optimizer, self._names)
+                self.symbols.define_state(optimizer, names)
         for name, parameter in named_parameters(chunks):
             self.recorder.emit("tv.param", name, self._local(parameter))
         for name, buffer in named_buffers(chunks):
@@ -91,7 +92,8 @@ class Outputs:
         if not self.step or _wraps_another(optimizer):
             return
         if not any(o is optimizer for o in self._stepped):
-            self._first_step(optimizer)
+            self._stepped.append(optimizer)
+        self._meet(optimizer)
         # The optimizer's own hooks may still change gradients: be the last of them.
         previous = self._last_hooks.pop(id(optimizer), None)
         if previous is not None:
@@ -101,16 +103,25 @@ class Outputs:
     def _after_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         self.recorder.spans.optimizers -= 1
 
-    def _first_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._stepped.append(optimizer)
+    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
+        """Name the parameters that the optimizer has not stepped before."""
+        known = {id(p) for o, p in self._parameters if o is optimizer}
+        new = [p for p in _parameters(optimizer) if id(p) not in known]
+        if not new:
+            return
         for group in optimizer.param_groups:
-            numbers = {k: _setting(group[k]) for k in ("lr", "weight_decay", "momentum") if isinstance(group.get(k), (int, float, torch.Tensor))}
-            self.settings.append({"optimizer": type(optimizer).__name__, **numbers})
+            if any(id(p) not in known for p in group["params"]):
+                numbers = {k: _setting(group[k]) for k in ("lr", "weight_decay", "momentum") if isinstance(group.get(k), (int, float, torch.Tensor))}
+                self.settings.append({"optimizer": type(optimizer).__name__, **numbers})
         with unseen():
-            self._names = optimizer_names(self._stepped, self.chunks)
+            names = optimizer_names(self._stepped, self.chunks)
+        for i, name in names.items():
+            if i not in self._names:
+                self._names[i] = _unused(name, self._names)
         if self.symbols is not None:
             self.symbols.define_state(optimizer, self._names)
-        for parameter in _parameters(optimizer):
+        for parameter in new:
+            self._parameters.append((optimizer, parameter))
             self.recorder.emit("tv.stepped", self._names[id(parameter)], self._local(parameter))
 
     def _read_gradients(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -125,10 +136,9 @@ class Outputs:
             raise Fault(Diagnostic("SPEC011", f"step() returned a {type(reported).__name__}", fix='Return a dict of scalars like {"loss": loss}, or None.'))
         for name, value in (reported or {}).items():
             self._scalar(str(name), value)
-        for optimizer in self._stepped:
-            for parameter in _parameters(optimizer):
-                if parameter in optimizer.state:
-                    self._state(self._names[id(parameter)], optimizer.state[parameter])
+        for optimizer, parameter in self._parameters:
+            if parameter in optimizer.state:
+                self._state(self._names[id(parameter)], optimizer.state[parameter])
 
     def parameters(self) -> None:
         """Parameters and buffers as they are now."""
@@ -203,6 +213,14 @@ class Outputs:
     def _crc(tensor: torch.Tensor) -> int:
         with unseen():
             return crc([tensor])
+
+
+def _unused(name: str, names: dict[int, str]) -> str:
+    """The name, with a number where it is another parameter's: of those that stand in one place of the optimizer by turns."""
+    taken, n = set(names.values()), 1
+    while (found := name if n == 1 else f"{name}.turn{n}") in taken:
+        n += 1
+    return found
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
