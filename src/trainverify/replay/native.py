@@ -101,6 +101,8 @@ class NativeMemory:
     def bind(self, refs: Iterable[TensorRef], values: Iterable[torch.Tensor]) -> None:
         """Make results the contents of their storages: a new storage adopts the result's, an old one is written."""
         for ref, v in zip(refs, values, strict=True):
+            if tuple(v.shape) != ref.size:
+                raise ReplayError(f"a result has sizes {tuple(v.shape)}, its reference {ref.size}")
             old = self.storages.get(ref.storage)
             if old is None and v.storage_offset() == ref.offset and v.stride() == ref.stride and v.dtype == dtype_of(ref.dtype):
                 self.storages[ref.storage] = v.untyped_storage()
