@@ -10,7 +10,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "frameworks"
 
 @dataclass(frozen=True)
 class Case:
-    """file: relative to examples/frameworks; ranks: what the spec's RANKS says for the case; why: for what is not PROVED; place: (file, text)."""
+    """file: relative to examples/frameworks; ranks: what the spec's RANKS says for the case; why: for what is not PROVED; place: (file, text);
+    stand_in: as --stand-in."""
 
     file: str
     case: dict = field(default_factory=dict)
@@ -19,6 +20,7 @@ class Case:
     quick: bool = False
     why: str = ""
     place: tuple[str, str] | None = None
+    stand_in: str = ""
 
     @property
     def name(self) -> str:
@@ -31,7 +33,7 @@ class Case:
     @property
     def command(self) -> list[str]:
         """Of `trainverify verify`."""
-        return [str(FOLDER / self.file), *(["--case", self.arguments] if self.case else [])]
+        return [str(FOLDER / self.file), *(["--case", self.arguments] if self.case else []), *(["--stand-in", self.stand_in] if self.stand_in else [])]
 
 
 MEGATRON = [

@@ -42,6 +42,7 @@ class DotProductAttention(Module):
         self.qkv_format, self.attn_mask_type, self.window_size, self.cp_group, self.cp_comm_type = qkv_format, attn_mask_type, window_size, cp_group, cp_comm_type
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.softmax_scale = 1 / math.sqrt(channels) if softmax_scale is None else softmax_scale
+        self.register_load_state_dict_post_hook(_without_extra_state)
 
     def set_context_parallel_group(self, cp_group, cp_global_ranks, cp_stream, cp_comm_type="p2p"):
         self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
@@ -93,6 +94,11 @@ class DotProductAttention(Module):
                 seen = _seen(mask_type, window, torch.arange(b - a), torch.arange(d - c), None)
                 parts.append(self._attend(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])), seen, None)[0].transpose(0, 1))
         return torch.cat(parts).flatten(1)
+
+
+def _without_extra_state(module: Any, keys: Any) -> None:
+    """Checkpoints need not hold the (empty) fp8 state."""
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.endswith("_extra_state")]
 
 
 def _places(rows: int, columns: int, ranks: int, group: Any, device: Any) -> tuple[Tensor, Tensor]:

@@ -43,13 +43,24 @@ def _absent(name: str) -> type:
     return type(name.rpartition(".")[2], (), {"__init__": __init__})
 
 
+def _as(name: str, function: Any) -> Any:
+    """A function of Apex's under TransformerEngine's name."""
+    return stands_for(f"transformer_engine.pytorch.optimizers.{name}", function.stands_for[1])(function.__wrapped__)
+
+
 class FusedAdam(apex.FusedAdam):
+    step = _as("FusedAdam.step", apex.FusedAdam.step)
+
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, amsgrad=False, *,
                  set_grad_none=None, capturable=False, master_weights=False, **others):
         for key, value in others.items():
             if value not in (None, False, torch.float32):
                 refuse(f"transformer_engine.pytorch.optimizers.FusedAdam({key}={value!r})")
         super().__init__(params, lr, bias_correction, betas, eps, adam_w_mode, weight_decay, amsgrad, set_grad_none is not False, capturable, master_weights)
+
+
+class FusedSGD(apex.FusedSGD):
+    step = _as("FusedSGD.step", apex.FusedSGD.step)
 
 
 @stands_for("transformer_engine.pytorch.checkpoint", "what the function computes; it is run again in the backward")
@@ -81,8 +92,8 @@ def modules() -> dict[str, dict[str, Any]]:
     recipes = {n: _absent(f"{te}.common.recipe.{n}") for n in ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling",
                                                                "NVFP4BlockScaling", "Format", "Recipe")}
     ops = {n: _absent(f"{te}.pytorch.ops.{n}") for n in ("FusibleOperation", "Sequential")}
-    optimizers = {"FusedAdam": FusedAdam, "FusedSGD": apex.FusedSGD, "multi_tensor_applier": apex.MultiTensorApply(2048 * 32),
-                  "multi_tensor_l2norm": apex.multi_tensor_l2norm, "multi_tensor_scale": apex.multi_tensor_scale}
+    optimizers = {"FusedAdam": FusedAdam, "FusedSGD": FusedSGD, "multi_tensor_applier": apex.MultiTensorApply(2048 * 32),
+                  **{f.__name__: _as(f.__name__, f) for f in (apex.multi_tensor_l2norm, apex.multi_tensor_scale)}}
     distributed = {"checkpoint": checkpoint, "activation_recompute_forward": activation_recompute_forward,
                    "is_fp8_activation_recompute_enabled": is_fp8_activation_recompute_enabled,
                    "CudaRNGStatesTracker": _absent(f"{te}.pytorch.distributed.CudaRNGStatesTracker")}
