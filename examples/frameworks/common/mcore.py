@@ -5,17 +5,19 @@ behind it, on a DistributedDataParallel; then the optimizer of get_megatron_opti
 same code at world size 1; the weights travel through dist_checkpointing, which shards them anew.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 import trainverify as tv
 
@@ -27,10 +29,11 @@ LR, DECAY, CLIP = 1e-2, 0.1, 0.02
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share the work: those that tp and pp leave are data parallel; experts are shared by ep of the tp x dp ranks, and each by etp."""
+    """How the ranks share the work: those that tp, pp and cp leave are data parallel; experts are shared by ep of the tp x dp ranks, and each by etp."""
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     ep: int = 1
     etp: int | None = None                     # tensor parallelism within each expert (none: tp)
     sp: bool = False                           # sequence parallelism, with tp
@@ -44,15 +47,15 @@ def config(layout, **more):
         normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp, sequence_parallel=layout.sp,
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp, sequence_parallel=layout.sp,
         pipeline_dtype=torch.float32, params_dtype=torch.float32, use_cpu_initialization=True, **more)
 
 
-def batch():
+def batch(length=LENGTH):
     """Microbatches of tokens; no two of them count the same number of labels."""
     generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, VOCAB, (MICROBATCHES, ROWS, LENGTH + 1), generator=generator)
+    tokens = torch.randint(0, VOCAB, (MICROBATCHES, ROWS, length + 1), generator=generator)
     tokens[:, 0, :2] = torch.tensor([0, VOCAB - 1])
     labels = tokens[..., 1:].clone()
     for i in range(MICROBATCHES):
@@ -60,20 +63,23 @@ def batch():
     return {"tokens": tokens[..., :-1].clone(), "labels": labels}
 
 
-def model_of(cfg, tied=False):
-    spec = get_gpt_layer_local_spec(num_experts=cfg.num_moe_experts, normalization="RMSNorm")
-    return GPTModel(cfg, spec, vocab_size=VOCAB, max_sequence_length=LENGTH, pre_process=parallel_state.is_pipeline_first_stage(),
+def model_of(cfg, length, tied=False, engine=False):
+    layers = get_gpt_layer_with_transformer_engine_spec if engine else partial(get_gpt_layer_local_spec, normalization="RMSNorm")
+    return GPTModel(cfg, layers(num_experts=cfg.num_moe_experts), vocab_size=VOCAB, max_sequence_length=length, pre_process=parallel_state.is_pipeline_first_stage(),
                     post_process=parallel_state.is_pipeline_last_stage(), position_embedding_type="rope", share_embeddings_and_output_weights=tied)
 
 
-def training(layout=Layout(), load=None, data=None, tied=False, **more):
-    """The training program of this rank. load(model) fills in the weights; data is the global batch. The reference makes both itself."""
+def training(layout=Layout(), load=None, data=None, length=LENGTH, tied=False, engine=False, **more):
+    """The training program of this rank. load(model) fills in the weights; data is the global batch. The reference makes both itself.
+
+    tied: the head is the embedding; engine: the layers are TransformerEngine's, not Megatron's own.
+    """
     if not dist.is_initialized():
         dist.init_process_group("nccl")
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
     cfg = config(layout, **more)
-    model = model_of(cfg, tied)
+    model = model_of(cfg, length, tied, engine)
     if load is not None:
         load(model)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=layout.distributed_optimizer)
@@ -81,7 +87,7 @@ def training(layout=Layout(), load=None, data=None, tied=False, **more):
     optimizer = get_megatron_optimizer(OptimizerConfig(
         optimizer="adam", lr=LR, weight_decay=DECAY, clip_grad=CLIP, use_distributed_optimizer=layout.distributed_optimizer), [ddp])
     cfg.finalize_model_grads_func = finalize_model_grads
-    full = data or batch()
+    full = data or batch(length)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = {k: v.chunk(ranks)[rank] for k, v in full.items()}
     return tv.Training(model, step_of(ddp, optimizer, mine, cfg), batch=full, save=lambda folder: dist_checkpointing.save(model.sharded_state_dict(), folder))
@@ -94,29 +100,31 @@ def checkpoint(folder):
 
 def forward_step(iterator, model):
     tokens, labels = next(iterator)
-    positions = torch.arange(LENGTH).expand(ROWS, -1)
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril().logical_not()
+    length = tokens.shape[-1]
+    full = {"tokens": tokens, "labels": labels, "positions": torch.arange(length).expand(ROWS, -1)}
+    tokens, labels, positions = get_batch_on_this_cp_rank(full).values()
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril().logical_not()
     losses = model(tokens, positions, mask, labels=labels.clamp(min=0))
     counted = (labels != IGNORE).float()
 
     def loss_of(losses):
-        total, tokens = (losses.float() * counted).sum(), counted.sum().int()
-        return total, tokens, {"loss": total.detach().clone()}
+        total = (losses.float() * counted).sum()
+        return total, counted.sum().int(), {"loss": total.detach().clone()}
     return losses, loss_of
 
 
 def step_of(ddp, optimizer, data, cfg):
     forward_backward = get_forward_backward_func()
-    count = len(data["tokens"])
+    count, _, length = data["tokens"].shape
 
     def step():
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         reported = forward_backward(forward_step_func=forward_step, data_iterator=zip(data["tokens"], data["labels"]), model=[ddp], num_microbatches=count,
-                                    seq_length=LENGTH, micro_batch_size=ROWS, forward_only=False)
+                                    seq_length=length, micro_batch_size=ROWS, forward_only=False)
         _, norm, _ = optimizer.step()
         values = {"grad_norm": norm}
         if reported:                           # the last stage of the pipeline
-            values["loss"] = tv.local(sum(r["loss"] for r in reported), reduce="sum", group=parallel_state.get_data_parallel_group())
+            values["loss"] = tv.local(sum(r["loss"] for r in reported), reduce="sum", group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return values
     return step
