@@ -37,6 +37,28 @@ class Case:
 
 
 MEGATRON = [
+    Case("megatron_from_hf.py", {"pp": 2}),
+    Case("megatron_from_hf.py", {"tp": 2, "sp": True}, quick=True),
+    Case("megatron_gpt.py", {"dp": 2, "distributed_optimizer": True}),
+    Case("megatron_gpt.py", {"pp": 2}),
+    Case("megatron_gpt.py", {"tp": 2}),
+    Case("megatron_gpt.py", {"tp": 2, "pp": 2}, ranks=4),
+    Case("megatron_gpt.py", {"tp": 2, "sp": True}),
+    Case("megatron_moe.py", {"dp": 2, "ep": 2}, quick=True),
+    Case("megatron_moe.py", {"dp": 2, "pp": 2, "ep": 2}, ranks=4),
+    Case("megatron_moe.py", {"dp": 2, "tp": 2, "sp": True, "ep": 2, "distributed_optimizer": True}, ranks=4),
+    Case("megatron_moe.py", {"tp": 2, "sp": True, "pp": 2, "ep": 2, "etp": 1, "distributed_optimizer": True}, ranks=4),
+    Case("megatron_per_token_loss.py", {"dp": 2}),
+    Case("megatron_per_token_loss.py", {"dp": 2, "distributed_optimizer": True}),
+    Case("megatron_per_token_loss.py", {"tp": 2, "sp": True}),
+    Case("megatron_te.py", {"cp": 2}),
+    Case("megatron_te.py", {"cp": 3, "distributed_optimizer": True}, ranks=3),
+    Case("megatron_te.py", {"tp": 2, "sp": True}),
+    Case("megatron_te.py", {"tp": 2, "sp": True, "cp": 2}, ranks=4),
+    Case("megatron_tied_embeddings.py", {"pp": 2}),
+    Case("megatron_tied_embeddings.py", {"pp": 2, "tp": 2}, ranks=4),
+    Case("wrong/megatron_dgrad_not_reduced.py", expected="REFUTED", quick=True,
+         place=("megatron/core/tensor_parallel/layers.py", "grad_input = grad_output.matmul(weight)")),
 ]
 
 TORCHTITAN = [
