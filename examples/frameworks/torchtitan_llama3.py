@@ -6,7 +6,7 @@ from torchtitan.models.llama3 import (_EMBEDDING_INIT, _NORM_INIT, _build_llama3
 from torchtitan.models.llama3.model import Llama3Model
 
 RANKS = lambda dp=1, tp=1, pp=1, accumulate=1, schedule="": dp * tp * pp
-CASES = [{"dp": 2}, {"tp": 2}]
+CASES = [{"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2}, {"dp": 2, "accumulate": 3}]
 DIM, HEADS, KV_HEADS, HIDDEN = 24, 4, 2, 20
 ROWS = 6
 

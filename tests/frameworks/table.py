@@ -62,6 +62,13 @@ MEGATRON = [
 ]
 
 TORCHTITAN = [
+    Case("torchtitan_llama3.py", {"dp": 2}),
+    Case("torchtitan_llama3.py", {"tp": 2}, quick=True),
+    Case("torchtitan_llama3.py", {"dp": 2, "tp": 2}, ranks=4),
+    Case("torchtitan_llama3.py", {"pp": 2}),
+    Case("torchtitan_llama3.py", {"dp": 2, "accumulate": 3}),
+    Case("torchtitan_deepseek_v3.py", {"dp": 2, "ep": 2}, quick=True),
+    Case("wrong/torchtitan_tokens_not_summed.py", expected="REFUTED", place=("torchtitan/components/loss.py", "loss = loss / global_valid_tokens"), quick=True),
 ]
 
 DEEPSPEED = [
