@@ -98,6 +98,11 @@ class Scripts:
     def __str__(self) -> str:
         return str(self.parallel)
 
+    def options(self, ranks: int | None) -> list[str]:
+        """Our own arguments that name them, but for the parallel script, which comes last."""
+        return ["--ranks", str(self.ranks or ranks), "--reference", str(self.reference),
+                *[w for name, how in self.local.items() for w in ("--local", f"{name}={how}")], *[w for name in self.skip for w in ("--skip", name)]]
+
     # ---- what a Spec offers
     def op_rows(self) -> tuple:
         return ()

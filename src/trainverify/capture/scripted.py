@@ -56,6 +56,7 @@ class _Run:
         self.stepped = False                   # whether an optimizer has stepped in this step
         self.read: dict[str, Any] = {}         # floats of this step, by name
         self.result: bytes | None = None
+        self.fault: Fault | None = None        # of ours, which no handler of the script may take for its own
         self._calls, self._clock = 0, 0.0
 
     # ---- the whole
@@ -71,12 +72,14 @@ class _Run:
         except _Stop:
             pass
         except SystemExit as e:
-            if self.result is None and e.code not in (None, 0):
+            if self.result is None and self.fault is None and e.code not in (None, 0):
                 raise
             self._ended()
         except Exception:
-            if self.result is None:            # else it is only what an interrupted script does
+            if self.result is None and self.fault is None:     # else it is only what an interrupted script does
                 raise
+        if self.fault is not None:
+            raise self.fault
         return self.result
 
     @contextmanager
@@ -89,7 +92,7 @@ class _Run:
 
         def watched_call(func, args, kwargs):
             if func._opname in _RECEIVES and self.stepped:
-                self._boundary()
+                self._move(self._boundary)
             return call(func, args, kwargs)
 
         collectives.call = watched_call
@@ -103,7 +106,7 @@ class _Run:
 
     def _ended(self) -> None:
         """The script is through."""
-        if self.result is not None:
+        if self.result is not None or self.fault is not None:
             return
         if self.stepped and self.step == self.session.options.steps:
             self._finish()
@@ -117,19 +120,17 @@ class _Run:
 
     # ---- what happens in the script
     def _forward(self, module: torch.nn.Module, args) -> None:
-        if self.result is not None:
-            raise _Stop
+        self._stop_again()
         if (self.step and not self.stepped) or self.recorder.spans.optimizers or not (self.step or self.outputs.optimizers):
             return
         if torch._C._get_dispatch_mode(_FAKE) is not None or not any(p.requires_grad and not p.is_meta for p in module.parameters()):
             return
-        self._boundary() if self.step else self._begin()
+        self._move(self._boundary if self.step else self._begin)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-        if self.result is not None:
-            raise _Stop
+        self._stop_again()
         if not self.step:
-            self._begin()
+            self._move(self._begin)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         self.stepped = True
@@ -155,6 +156,18 @@ class _Run:
         return data
 
     # ---- steps
+    def _stop_again(self) -> None:
+        if self.result is not None or self.fault is not None:
+            raise _Stop
+
+    def _move(self, how: Callable[[], None]) -> None:
+        """Go on to the next step, deep inside the script."""
+        try:
+            how()
+        except Fault as fault:
+            self.fault = fault
+            raise _Stop from fault
+
     def _begin(self) -> None:
         chunks = live_models(self.outputs.optimizers)
         if not chunks:
@@ -271,11 +284,9 @@ def _save_all(scripts: Scripts, given: Handed, chunks: list[torch.nn.Module], fo
         _, weights, _ = given.build()
         separate = {name: t.clone() for name, t in weights.items()}
         if scripts.parallel.names("checkpoint"):
-            model = next((c for c in chunks if hasattr(c, "save_pretrained") and hasattr(c, "config")), None)
-            if model is not None:
+            for model in (c for c in chunks if hasattr(c, "save_pretrained") and hasattr(c, "config")):
                 model.config.save_pretrained(folder)
-            tied = set(getattr(model, "_tied_weights_keys", None) or ())
-            save_file({k: v for k, v in separate.items() if k not in tied}, target / "model.safetensors", metadata={"format": "pt"})
+            save_file(separate, target / "model.safetensors", metadata={"format": "pt"})
             torch.save(separate, target / "model.pt")
         if scripts.parallel.names("dcp"):
             import torch.distributed.checkpoint as dcp
