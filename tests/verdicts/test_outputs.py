@@ -132,6 +132,46 @@ def test_state_of_a_parameter_that_an_optimizer_sees_by_turns():
     assert is_equal(output(report, "first::momentum_buffer", "state")), summary(report)
 
 
+def shards_of_rank(late=False):
+    """Parameters that are whole only while they are used; a rank keeps half of each in `ds_tensor`, which follows the optimizer's copy. late: one does not."""
+    def build(model, batch):
+        rank = dist.get_rank()
+        masters = {}
+        for p in model.parameters():
+            p.ds_tensor = p.detach().reshape(-1).chunk(2)[rank].clone()
+            masters[p] = nn.Parameter(p.ds_tensor.clone())
+            p.data = torch.empty(0)
+        optimizer = torch.optim.SGD(masters.values(), lr=LR)
+
+        def step():
+            for p in masters:
+                whole = torch.empty(WIDTH * WIDTH)
+                dist.all_gather_into_tensor(whole, p.ds_tensor)
+                p.data = whole.view(WIDTH, WIDTH)
+            loss = F.cross_entropy(model(batch["x"]), batch["targets"])
+            loss.backward()
+            for p, master in masters.items():
+                master.grad, p.grad, p.data = p.grad.reshape(-1).chunk(2)[rank].clone(), None, torch.empty(0)
+            optimizer.step()
+            for p, master in masters.items():
+                if not (late and p is model.second):
+                    p.ds_tensor.copy_(master.detach())
+            return {"loss": loss}
+        return step
+    return build
+
+
+def test_parameters_that_are_whole_while_they_are_used():
+    assert_equal(against_right(shards_of_rank(), ranks=2, steps=2))
+
+
+def test_a_kept_share_that_is_not_updated():
+    report = against_right(shards_of_rank(late=True), ranks=2)
+    assert_refuted(report)
+    assert output(report, "second", "parameter").verdict == "REFUTED", summary(report)
+    assert is_equal(output(report, "first", "parameter")), summary(report)
+
+
 def test_scalar_that_nobody_reports():
     report = against_right(trained(report=("loss",)), right=trained(report=("loss", "again")))
     assert_unknown(report, "REL005")

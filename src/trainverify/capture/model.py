@@ -62,6 +62,12 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return elem if isinstance(elem, torch.Tensor) else tensor
 
 
+def kept_share(tensor: torch.Tensor) -> torch.Tensor | None:
+    """What a rank keeps of a parameter that is whole only while it is used and an empty tensor otherwise (DeepSpeed's ZeRO-3); None: it is no such."""
+    share = getattr(tensor, "ds_tensor", None)
+    return share if isinstance(share, torch.Tensor) and not getattr(tensor, "ds_persist", False) else None
+
+
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor that a DTensor over one device is (fully_shard in a world of one rank makes such); anything else as it is."""
     local = local_tensor(tensor)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from trainverify.api import Local
 from trainverify.capture.digest import crc
-from trainverify.capture.model import is_real_float, named_buffers, named_parameters, optimizer_names
+from trainverify.capture.model import is_real_float, kept_share, named_buffers, named_parameters, optimizer_names
 from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
 from trainverify.capture.recorder import Recorder
@@ -207,7 +207,8 @@ class Outputs:
             tensor = tensor._local_tensor
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
-        return tensor.detach()
+        share = kept_share(tensor)
+        return (tensor if share is None else share).detach()
 
     @staticmethod
     def _crc(tensor: torch.Tensor) -> int:
