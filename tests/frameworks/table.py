@@ -72,6 +72,9 @@ TORCHTITAN = [
 ]
 
 DEEPSPEED = [
+    Case("deepspeed_zero.py", {"stage": 1}),
+    Case("deepspeed_zero.py", {"stage": 2}),
+    Case("deepspeed_zero.py", {"stage": 3}, quick=True),
 ]
 
 TRANSFORMERS = [
