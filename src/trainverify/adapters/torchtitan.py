@@ -1,7 +1,8 @@
 """torchtitan 0.3 on torch 2.13: microbatches that its trainer has split already are handed to torch's pipeline schedules (listed in the report).
 
 torchtitan calls `schedule.step(arg_mbs=..., kwarg_mbs=..., target_mbs=...)`, which torch has from 2.14 on. torch 2.13 splits a whole batch itself and
-then does the same; the patch leaves out the splitting and nothing else. A GPU it does not need: its device type is cuda, which the CUDA shim redirects.
+then does the same; the patch leaves out the splitting and nothing else. Its training loop changes timeouts by a function of torch 2.14. A GPU it does not
+need: its device type is cuda, which the CUDA shim redirects.
 """
 from __future__ import annotations
 
@@ -22,6 +23,15 @@ def after_import(module_name: str, module: ModuleType, patch: Patch) -> None:
             if "arg_mbs" not in inspect.signature(schedule.step).parameters:
                 patch(schedule, "step", _taking_microbatches(schedule.step),
                       "torchtitan hands over microbatches, for which torch 2.13 has no argument (2.14 has): they take the place of those that torch splits")
+    if module_name == "torchtitan.distributed.utils":
+        import torch.distributed as dist       # the framework has imported it
+
+        if not hasattr(dist, "set_timeout"):
+            patch(dist, "set_timeout", _leaving_timeouts, "torch 2.13 cannot change the timeouts of process groups (2.14 can): they stay as they are")
+
+
+def _leaving_timeouts(timeout: Any, group: Any = None) -> None:
+    """In place of torch's function, with which nothing is computed."""
 
 
 def _taking_microbatches(step: Callable) -> Callable:
