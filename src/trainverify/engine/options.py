@@ -32,3 +32,5 @@ class Options:
     self_test: bool = False
     cache: bool = False
     stand_ins: tuple[str, ...] = ()
+    reduce: bool = False
+    cross_check: bool = False

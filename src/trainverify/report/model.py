@@ -163,6 +163,27 @@ class Assumption(msgspec.Struct, frozen=True):
     places: tuple[str, ...] = ()
 
 
+class DimClass(msgspec.Struct, frozen=True):
+    """Dimensions that have the same indices: their size as recorded and reduced, some of those that are joined, and why it is pinned."""
+
+    name: str                                 # "hidden"; "" where nothing names it
+    size: int
+    reduced: int
+    joins: tuple[str, ...]                    # "embed.weight[1]"
+    pinned: str = ""
+    many: int = 1                             # classes of which all this can be said
+
+
+class Reduction(msgspec.Struct, frozen=True):
+    """The sizes at which the programs were verified in place of the recorded ones."""
+
+    classes: list[DimClass]
+    pins: list[str] = []
+    replaced: int = 0                         # integer results that were taken from the recorded programs
+    needed: int = 0                           # what the proof needs of every reduced class
+    cross_checked: bool = False               # verified at a second reduction too
+
+
 class Phase(msgspec.Struct, frozen=True):
     name: str                                 # capture reference, capture parallel, conformance, replay, compare, ...
     seconds: float
@@ -210,6 +231,7 @@ class Report(msgspec.Struct):
     schema_version: int = SCHEMA_VERSION
     counterexample: Counterexample | None = None     # where one was asked for
     self_test: SelfTest | None = None                # where one was asked for
+    reduction: Reduction | None = None               # where one was asked for
     mode: str = "verify"                      # verify, dry-run (nothing was compared), capture
 
     @property

@@ -93,7 +93,7 @@ def says(report: Report) -> str:
         how_many = f"{report.ops:,} operations" if report.ops else "both programs"
         return f"{how_many} on {count_of(report.ranks, 'rank')}; nothing was compared"
     if report.verdict == "PROVED":
-        return f"all {total} outputs equal the reference"
+        return f"all {total} outputs equal the reference" + _by_reduction(report)
     if report.verdict == "REFUTED":
         causes = sum(f.diagnostic.severity == "error" for f in report.findings)
         cause = {0: "no single cause found", 1: "one cause"}.get(causes, f"{causes} causes")
@@ -109,6 +109,12 @@ def says(report: Report) -> str:
     parts += [f"{equal} {points}, not proved"] if equal else []
     parts += [f"{proved} proved"] if proved else []
     return "; ".join(parts)
+
+
+def _by_reduction(report: Report) -> str:
+    from trainverify.report.shapes import sentence
+
+    return "" if report.reduction is None else f" for the recorded sizes, by reduction ({sentence(report.reduction)})"
 
 
 def _error_sentence(report: Report) -> str:
@@ -341,7 +347,8 @@ def facts(reports: Sequence[Report], width: int = WIDTH, partly: bool = False) -
     assumed = [f"{a.code} {a.text}" + (f" ({', '.join(short_path(p) for p in a.places)})" if a.places else "") for r in reports for a in r.assumptions]
     not_run = [short_paths(t) for r in reports for t in r.not_run]
     weak = [f"{d.message} [{d.code}]" + (f" ({short_path(d.span.file)}:{d.span.line})" if d.span else "") for r in reports for d in r.warnings]
-    told = (("holds for", proved), ("only for", scope), ("assumes", assumed), ("not run", not_run), ("weak spec", weak))
+    pins = [f"keeps its size: {short_paths(p)}" for r in reports if r.reduction is not None for p in r.reduction.pins]
+    told = (("holds for", proved), ("only for", scope), ("assumes", assumed), ("not run", not_run), ("reduction", pins), ("weak spec", weak))
     return [line for label, items in told for line in _listed(label, list(dict.fromkeys(items)), width)]
 
 

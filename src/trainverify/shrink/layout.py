@@ -1,0 +1,202 @@
+"""Storages as index spaces: which space each dimension of each tensor reference ranges over (trusted).
+
+Traces have no view operations: a view is a reference to the same storage with other sizes and strides. So products, slices,
+transposes and selections all come from here: a reference is read as digits of the storage's index, one digit for each
+stride, of which it takes a range. References that are no such thing (overlapping windows, a diagonal) pin what they touch.
+"""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from trainverify.diagnostics import Span
+from trainverify.ir.trace import OpCall, Program, TensorRef, inputs, tensors
+from trainverify.shrink.spaces import Kept, Spaces
+
+ITEMS = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8,
+         "uint64": 8, "float64": 8, "complex64": 8, "complex128": 16, "complex32": 4}
+
+
+def item(dtype: str) -> int:
+    return ITEMS.get(dtype, 1)                # the float8 types
+
+
+def references(call: OpCall) -> Iterator[TensorRef]:
+    """All that a call reads and writes."""
+    yield from inputs(call)
+    yield from tensors(call.outs)
+    yield from call.writes
+    if call.collective is not None:
+        yield from call.collective.inputs
+        yield from call.collective.outputs
+
+
+def dense(ref: TensorRef) -> bool:
+    """Whether the reference is contiguous in row-major order."""
+    step = 1
+    for size, stride in zip(reversed(ref.size), reversed(ref.stride)):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def packed(ref: TensorRef) -> bool:
+    """Whether the reference covers an interval, each element once, in some order of its dimensions."""
+    step = 1
+    for stride, size in sorted((d, s) for s, d in zip(ref.size, ref.stride) if s != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+@dataclass(slots=True)
+class Digit:
+    """One digit of an index: its space, the stride of its unit, and the range that the reference takes of it."""
+
+    space: int
+    stride: int
+    lo: int
+    hi: int
+
+
+@dataclass(slots=True)
+class View:
+    """How a reference was read: in the interval lo .. hi - 1 of its storage, by digits (most significant first); axis of each digit, -1: a single
+    index. None of it where the reference is pinned."""
+
+    dims: tuple[int, ...]
+    lo: int = 0
+    hi: int = 0
+    digits: list[Digit] = field(default_factory=list)
+    axes: tuple[int, ...] = ()
+    pinned: bool = False
+
+
+class Layout:
+    """The storages of one rank of one side."""
+
+    def __init__(self, spaces: Spaces, program: Program, rank: int):
+        self.spaces, self.trace = spaces, program.traces[rank]
+        self.where = (self.trace.side, rank)
+        self.storages: dict[int, int] = {}
+        self.items: dict[int, int] = {}
+        self.views: dict[TensorRef, View] = {}
+        self._intervals: dict[int, list[tuple[int, int]]] = {}
+        self._collect()
+
+    def _collect(self) -> None:
+        widths: dict[int, set[int]] = defaultdict(set)
+        intervals: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        for call in self.trace.ops:
+            for ref in references(call):
+                if ref.numel:
+                    widths[ref.storage].add(item(ref.dtype))
+                    if packed(ref):
+                        intervals[ref.storage].add((ref.offset, ref.offset + ref.numel))
+        for sid, found in widths.items():
+            width = self.items[sid] = min(found)
+            n = self.trace.storages[sid].nbytes // width
+            self.storages[sid] = self.spaces.new(n)
+            if len(found) > 1:
+                self.spaces.pin(self.storages[sid], "its bytes are read as numbers of several widths")
+            self._intervals[sid] = sorted({*intervals[sid], (0, n)}, key=lambda i: i[1] - i[0])
+
+    def span(self, call: OpCall) -> Span | None:
+        return self.trace.spans[call.span] if 0 <= call.span < len(self.trace.spans) else None
+
+    # ---- reading references
+    def view(self, ref: TensorRef, span: Span | None = None) -> View:
+        got = self.views.get(ref)
+        if got is None:
+            got = self.views[ref] = self._read(ref) or self._pinned(ref, span)
+        return got
+
+    def dims(self, ref: TensorRef, span: Span | None = None) -> tuple[int, ...]:
+        return self.view(ref, span).dims
+
+    def flat(self, ref: TensorRef) -> int:
+        """The space of the reference's elements in row-major order."""
+        if not ref.numel:
+            return self.spaces.new(0)
+        dims = self.dims(ref)
+        if dense(ref) and item(ref.dtype) == self.items[ref.storage]:
+            return self.spaces.segment(self.storages[ref.storage], ref.offset, ref.offset + ref.numel)
+        made = self.spaces.new(ref.numel)
+        self.spaces.product(made, dims)
+        return made
+
+    def _pinned(self, ref: TensorRef, span: Span | None) -> View:
+        dims = tuple(self.spaces.new(n) for n in ref.size)
+        for s in (*dims, self.storages[ref.storage]):
+            self.spaces.pin(s, f"it is read with sizes {list(ref.size)} and strides {list(ref.stride)}, which are no digits of its index", span)
+        return View(dims, pinned=True)
+
+    def _read(self, ref: TensorRef) -> View | None:
+        if not ref.numel:
+            return View(tuple(self.spaces.new(n) for n in ref.size), ref.offset, ref.offset)
+        if item(ref.dtype) != self.items[ref.storage]:
+            return None
+        axes = sorted((k for k, (n, d) in enumerate(zip(ref.size, ref.stride)) if n != 1 and d != 0), key=lambda k: -ref.stride[k])
+        end = ref.offset + 1 + sum((ref.size[k] - 1) * ref.stride[k] for k in axes)
+        for lo, hi in self._intervals[ref.storage]:
+            if lo <= ref.offset and end <= hi and (found := self._digits(ref, axes, lo, hi)) is not None:
+                return self._named(ref, axes, lo, hi, found)
+        return None
+
+    @staticmethod
+    def _digits(ref: TensorRef, axes: list[int], lo: int, hi: int) -> list[tuple[int, int, int, int]] | None:
+        """(size of the digit, its stride, first index, end) for each axis, and a last one for what is below the smallest stride."""
+        at, above, out = ref.offset - lo, hi - lo, []
+        for k in axes:
+            stride = ref.stride[k]
+            first, at = divmod(at, stride)
+            if above % stride or first + ref.size[k] > above // stride:
+                return None
+            out.append((above // stride, stride, first, first + ref.size[k]))
+            above = stride
+        out.append((above, 1, at, at + 1))
+        return out
+
+    def _named(self, ref: TensorRef, axes: list[int], lo: int, hi: int, found: list[tuple[int, int, int, int]]) -> View:
+        s = self.spaces
+        digits = [Digit(s.new(n), stride, first, end) for n, stride, first, end in found]
+        s.product(s.segment(self.storages[ref.storage], lo, hi), [d.space for d in digits])
+        dims = [s.new(n) for n in ref.size]
+        for k, d in zip([*axes, -1], digits):
+            part = s.segment(d.space, d.lo, d.hi)
+            if k >= 0:
+                dims[k] = part
+        return View(tuple(dims), lo, hi, digits, (*axes, -1))
+
+    # ---- writing references
+    def reduced(self, ref: TensorRef, kept: Kept) -> TensorRef:
+        """The reference at the reduced sizes."""
+        view = self.view(ref)
+        size = tuple(kept.count(s) for s in view.dims)
+        if view.pinned or not ref.numel:
+            return ref if size == ref.size else TensorRef(ref.storage, 0, size, _row_major(size), ref.dtype)
+        below, offset, steps = 1, kept.before(self.storages[ref.storage], view.lo), {}
+        for k, d in zip(reversed(view.axes), reversed(view.digits)):
+            steps[k] = below
+            offset += kept.before(d.space, d.lo) * below
+            below *= kept.count(d.space)
+        stride = [0] * len(size)
+        natural = 1
+        for k in reversed(range(len(size))):
+            if k in steps:
+                stride[k] = steps[k]
+                natural = max(natural, steps[k] * size[k])
+            elif ref.size[k] == 1:
+                stride[k] = natural if ref.stride[k] else 0
+        return TensorRef(ref.storage, offset, size, tuple(stride), ref.dtype)
+
+    def nbytes(self, sid: int, kept: Kept) -> int:
+        return kept.count(self.storages[sid]) * self.items[sid] if sid in self.storages else self.trace.storages[sid].nbytes
+
+
+def _row_major(size: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(size[k + 1:]) for k in range(len(size)))

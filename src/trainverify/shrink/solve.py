@@ -1,0 +1,151 @@
+"""The smallest admissible sizes, found by CP-SAT (trusted only as far as `criterion` checks them: what it returns is checked, not believed).
+
+The full sizes satisfy every hard constraint, so there is always a solution.
+"""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.shrink.classes import Classes
+from trainverify.shrink.spaces import CAT, ONE, PRODUCT, Spaces
+
+LEAST = 4                                     # a sum of two terms satisfies identities that longer ones do not; more is asked for where a proof needs it
+EFFORT = 20.0                                 # of CP-SAT's own deterministic measure, so that a run can be repeated
+
+
+@dataclass(slots=True)
+class Problem:
+    """Atoms, and what their counts must satisfy."""
+
+    full: set[int]                            # atoms that keep their size
+    least: dict[int, int]
+    equal: list[tuple[int, int]]              # spaces of one size whose counts are equal
+    smaller: list[tuple[int, int]]            # atoms of one concatenation: the shorter stays shorter
+    distinct: list[tuple[int, int]]           # spaces of different sizes that meet
+    wished: list[tuple[int, int]]             # spaces of one size that meet: different if that can be
+
+
+@dataclass(slots=True)
+class Sizes:
+    count: dict[int, int]                     # of each atom
+    merged: list[tuple[int, int]] = field(default_factory=list)     # wishes that could not be had
+
+
+def atoms_of(classes: Classes) -> list[int]:
+    return [s for s in classes.spaces.roots() if classes.spaces.form(s) is None and classes.spaces.size(s) > 1]
+
+
+def problem(classes: Classes, required: dict[int, int], base: int = LEAST) -> Problem:
+    """required: atoms whose values are indices that occur: at least so many. base: the least size of every class."""
+    s = classes.spaces
+    full = {a for p in s.pins for a in s.atoms(p.space)}
+    reachable = {a for d in classes.computed for a in s.atoms(d)}
+    full |= {a for a in atoms_of(classes) if a not in reachable}
+    least = {a: min(s.size(a), max(base, required.get(a, 0))) for a in atoms_of(classes)}
+    equal, smaller = [], []
+    for tie in classes.notes.ties:
+        equal += [(s.find(tie[0]), s.find(t)) for t in tie[1:]]
+    for r in s.roots():
+        form = s.form(r)
+        if form is not None and form.kind == CAT:
+            _siblings(s, [p for p in dict.fromkeys(s.flat(r)) if s.size(p) > 1], equal, smaller)
+    distinct, wished = _meetings(classes)
+    return Problem(full, least, list(dict.fromkeys(equal)), list(dict.fromkeys(smaller)), distinct, wished)
+
+
+def _siblings(s: Spaces, parts: list[int], equal: list, smaller: list) -> None:
+    """Parts of one concatenation: even ones stay even, uneven ones uneven."""
+    by_size = defaultdict(list)
+    for p in parts:
+        by_size[s.size(p)].append(p)
+    for alike in by_size.values():
+        equal += [(alike[0], p) for p in alike[1:]]
+    order = sorted(by_size)
+    smaller += [(by_size[a][0], by_size[b][0]) for a, b in zip(order, order[1:])]
+
+
+def _meetings(classes: Classes) -> tuple[list, list]:
+    s, distinct, wished = classes.spaces, {}, {}
+    for dims in {tuple(sorted({s.find(d) for d in meet} - {ONE})) for meet in classes.notes.meets}:
+        for i, a in enumerate(dims):
+            for b in dims[:i]:
+                if s.size(a) != s.size(b):
+                    distinct[(b, a)] = None
+                elif s.size(a) > 1:
+                    wished[(b, a)] = None
+    return sorted(distinct), sorted(wished)
+
+
+def solve(classes: Classes, wanted: Problem) -> Sizes:
+    """The counts of all atoms, as small as can be."""
+    try:
+        from ortools.sat.python import cp_model
+    except ImportError as e:
+        raise Fault(Diagnostic("SHAPE001", "shape reduction needs OR-tools, which is not installed", fix="pip install trainverify[shapes]")) from e
+    s, model = classes.spaces, cp_model.CpModel()
+    count: dict[int, object] = {}
+
+    def of(x: int):
+        x = s.find(x)
+        if x not in count:
+            count[x] = _variable(model, s, x, wanted, of)
+        return count[x]
+
+    for a, b in wanted.equal:
+        model.add(of(a) == of(b))
+    for a, b in wanted.smaller:
+        model.add(of(a) < of(b))
+    for a, b in wanted.distinct:
+        model.add(of(a) != of(b))
+    merged = []
+    for a, b in wanted.wished:
+        same = model.new_bool_var("")
+        model.add(of(a) != of(b)).only_enforce_if(same.negated())
+        merged.append((same, (a, b)))
+    dims = {s.find(d) for meet in classes.notes.meets for d in meet} - {ONE}
+    model.minimize(sum(of(d) for d in sorted(dims)) + sum(10 * of(a) for a in atoms_of(classes)) + 1000 * sum(b for b, _ in merged))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.max_deterministic_time = EFFORT
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        raise Fault(Diagnostic("SHAPE002", f"no smaller sizes were found ({solver.status_name(status)})", fix="verify without --reduce"))
+    found = Sizes({a: solver.value(of(a)) for a in atoms_of(classes)}, [pair for b, pair in merged if solver.value(b)])
+    check(s, wanted, found)
+    return found
+
+
+def _variable(model, s: Spaces, x: int, wanted: Problem, of: Callable):
+    form, n = s.form(x), s.size(x)
+    if form is None:
+        if n <= 1 or x in wanted.full:
+            return model.new_constant(n)
+        return model.new_int_var(wanted.least[x], n, f"c{x}")
+    parts = [of(p) for p in form.parts]
+    if form.kind == CAT:
+        return sum(parts)
+    whole = model.new_int_var(1, n, f"p{x}")
+    model.add_multiplication_equality(whole, parts)
+    return whole
+
+
+def check(s: Spaces, wanted: Problem, found: Sizes) -> None:
+    """What the solver returned satisfies what was asked; anything else is our own bug."""
+    def of(x: int) -> int:
+        x = s.find(x)
+        form = s.form(x)
+        if form is None:
+            return found.count.get(x, s.size(x))
+        counts = [of(p) for p in form.parts]
+        return math.prod(counts) if form.kind == PRODUCT else sum(counts)
+
+    bad = [x for x, n in found.count.items() if not (n == s.size(x) if x in wanted.full else wanted.least[x] <= n <= s.size(x))]
+    bad += [p for p in wanted.equal if of(p[0]) != of(p[1])] + [p for p in wanted.smaller if of(p[0]) >= of(p[1])]
+    bad += [p for p in wanted.distinct if of(p[0]) == of(p[1])]
+    if bad:
+        raise AssertionError(f"sizes that do not satisfy their constraints: {bad[:5]}")
