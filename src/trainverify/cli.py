@@ -149,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--no-cache", action="store_true", help="work the verdict out again, also where an earlier run on identical programs has")
     verify.add_argument("--no-repair", action="store_true", help="where outputs differ, do not try what would mend them")
     verify.add_argument("--self-test", action="store_true", help="also plant bugs in the recorded program, and say which of them this spec would show")
+    verify.add_argument("--reduce", action="store_true", help="verify at small sizes that stand for the recorded ones (pip install trainverify[shapes]; docs/shape-reduction.md)")
+    verify.add_argument("--cross-check", action="store_true", help="with --reduce: at a second choice of small sizes too")
     verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
     verify.add_argument("--certificate", metavar="FILE", type=_new_file, help="write the proved obligations, for `trainverify recheck`")
     verify.add_argument("--counterexample", metavar="FILE.py", type=_new_file, help="if refuted: minimise the inputs, and write a script of plain PyTorch that shows the difference")
@@ -170,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_argument("--format", choices=("text", "json"), default="text", help="(default: text)")
     _capture_arguments(lineage)
     lineage.set_defaults(run=_lineage)
+
+    shapes = _command(commands, "shapes", "which dimensions have the same indices, and the sizes of a reduction; proves nothing", _LINEAGE_EXITS)
+    shapes.add_argument("path", metavar="SPEC.py|DIR", type=_existing, help="the spec, or a folder that `trainverify capture` wrote")
+    shapes.add_argument("--format", choices=("text", "json"), default="text", help="(default: text)")
+    _capture_arguments(shapes)
+    shapes.set_defaults(run=_shapes)
 
     recheck = _command(commands, "recheck", "prove the obligations of a certificate again, with the kernel alone; with --traces the theorem itself",
                        "exit codes:\n  0    every obligation is proved again (with --traces: and every output)\n"
@@ -325,6 +333,7 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     given = {k: v for k, v in given.items() if v is not None}
     return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), repair=not getattr(args, "no_repair", False),
                    cache=not getattr(args, "no_cache", True), stand_ins=args.stand_in,
+                   reduce=getattr(args, "reduce", False), cross_check=getattr(args, "cross_check", False),
                    **given, **more)
 
 
@@ -336,6 +345,8 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     asked = [f"--{name.replace('_', '-')}" for name in ("self_test", "second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
     if asked and args.dry_run:
         return _usage(f"verify: error: {asked[0]} needs a comparison, and --dry-run makes none")
+    if args.cross_check and not args.reduce:
+        return _usage("verify: error: --cross-check is for --reduce")
     if args.path is None or args.all_cases:
         return _usage(f"verify: error: {asked[0]} is for one case of one spec") if asked else _verify_all(args, argv)
     fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
@@ -430,6 +441,24 @@ def _lineage(args: argparse.Namespace, argv: list[str]) -> int:
     found = lineage.selected(table, args.rank, args.op)
     with _printing():
         sys.stdout.write(lineage.encode(found).decode() if args.format == "json" else lineage.render(found))
+    return 0
+
+
+def _shapes(args: argparse.Namespace, argv: list[str]) -> int:
+    """One step unless more are asked for: the next ones mostly repeat it."""
+    from trainverify.report import shapes
+    from trainverify.report.model import Report
+    from trainverify.report.text import diagnostic_lines
+    fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
+    if fixed and args.path.is_dir():
+        return _usage(f"shapes: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
+    args.steps = args.steps or 1
+    found = _run(args, options := _options(args, _case_given(args)), "shape_classes", args.path, options)
+    if isinstance(found, Report):
+        print("\n".join(line for d in found.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
+        return found.exit_code
+    with _printing():
+        sys.stdout.write(shapes.encode(found).decode() if args.format == "json" else shapes.render(found))
     return 0
 
 

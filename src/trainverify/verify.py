@@ -109,20 +109,35 @@ def lineage_table(path, options: Options = Options(), progress: Callable = _quie
     from trainverify.diagnose.lineage import lineages
 
     report = Report(spec=str(path), case=dict(options.case), steps=options.steps, seed=options.seed)
-    if Path(path).is_dir():
-        reference, parallel, extra_rows = _loaded(Path(path), report)
-    else:
-        from trainverify.capture.session import capture
-        from trainverify.capture.spec import load_spec
-
-        spec = load_spec(Path(path), options.stand_ins)
-        captured = capture(spec, options, progress)
-        if captured.reference is None or captured.parallel is None:
-            raise Fault(*captured.diagnostics)
-        reference, parallel, extra_rows, report.case = captured.reference, captured.parallel, spec.op_rows(), captured.case
-        report.diagnostics += captured.diagnostics
+    reference, parallel, extra_rows = _programs(path, options, report, progress)
     found = lineages(reference, parallel, extra_rows, options.seed, progress)
     return LineageTable(report.spec, report.case, len(parallel.traces), report.steps, options.seed, found, report.diagnostics)
+
+
+def shape_classes(path, options: Options = Options(), progress: Callable = _quiet):
+    """The classes of dimensions of both programs and the sizes that a reduction would give them. Raises Fault where a side cannot run."""
+    from trainverify.ops.standard import standard_table
+    from trainverify.shrink.describe import describe
+    from trainverify.shrink.reduce import classified
+
+    reference, parallel, extra_rows = _programs(path, options, Report(spec=str(path), case=dict(options.case)), progress)
+    return describe(*classified(reference, parallel, standard_table(extra_rows)))
+
+
+def _programs(path, options: Options, report: Report, progress: Callable) -> tuple:
+    """Both programs and the op rows of their spec: from a folder of traces, or captured."""
+    if Path(path).is_dir():
+        return _loaded(Path(path), report)
+    from trainverify.capture.session import capture
+    from trainverify.capture.spec import load_spec
+
+    spec = load_spec(Path(path), options.stand_ins)
+    captured = capture(spec, options, progress)
+    if captured.reference is None or captured.parallel is None:
+        raise Fault(*captured.diagnostics)
+    report.case = captured.case
+    report.diagnostics += captured.diagnostics
+    return captured.reference, captured.parallel, spec.op_rows()
 
 
 def _loaded(folder: Path, report: Report) -> tuple:
@@ -201,7 +216,7 @@ def rerun_line(report: Report, options: Options) -> str:
     words += ["--ranks", str(options.ranks)] if options.ranks is not None else []
     words += ["--steps", str(options.steps)] if options.steps != Options().steps else []
     words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
-    words += [] if options.repair else ["--no-repair"]
+    words += [word for word, asked in (("--no-repair", not options.repair), ("--reduce", options.reduce), ("--cross-check", options.cross_check)) if asked]
     return shlex.join([*words, "--seed", str(report.seed)])
 
 
@@ -209,6 +224,10 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
     """Fill the report: with what an earlier run found for identical programs, or anew."""
     from trainverify import cache
 
+    if options.reduce and not options.dry_run:
+        from trainverify.shrink.verdict import Runs
+
+        return Runs(report, lambda r, a, b: _analyse_anew(r, a, b, extra_rows, options, progress), options.cross_check, progress).run(reference, parallel, extra_rows)
     address = cache.key(reference, parallel, options, report.diagnostics) if cache.is_used(options, extra_rows) else ""
     if address and cache.recall(address, report):
         return
@@ -217,9 +236,10 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
         cache.remember(address, report)
 
 
-def _analyse_anew(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
+def _analyse_anew(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable):
+    """Fill the report; what was found (None: nothing was compared)."""
     try:
-        _compare(report, reference, parallel, extra_rows, options, progress)
+        analysis = _compare(report, reference, parallel, extra_rows, options, progress)
     except Fault:
         raise
     except Exception as error:                # our own: whoever reports it needs the traces
@@ -229,9 +249,10 @@ def _analyse_anew(report: Report, reference, parallel, extra_rows, options: Opti
         raise
     if any(d.severity == "internal" for d in report.diagnostics) and (kept := _keep_traces(reference, parallel)):
         report.diagnostics.append(Diagnostic("CONF003", f"the traces are kept in {kept}: attach them to a bug report", "note"))
+    return analysis
 
 
-def _compare(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
+def _compare(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable):
     from trainverify.diagnose.explain import explain
     from trainverify.diagnose.watch import Watch
     from trainverify.engine.analysis import analyse, survey
@@ -259,6 +280,7 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
     _keep_obligations(report, analysis, reference, parallel, options)
     report.warnings = weak_spec(analysis, reference, parallel, groups, report.steps)
     _self_test(report, analysis, reference, parallel, options, progress)
+    return analysis
 
 
 def _self_test(report: Report, analysis, reference, parallel, options: Options, progress: Callable) -> None:
