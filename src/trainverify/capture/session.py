@@ -25,6 +25,7 @@ from trainverify.api import Reference, Training
 from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.groups import process_groups
+from trainverify.capture.kernels import attention_kernels
 from trainverify.capture.model import chunks_of, whole_tensor
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.outputs import Outputs
@@ -278,6 +279,7 @@ class Session:
             stack.enter_context(cuda_shim(self.recorder, local_rank=self.rank.rank, count=self.rank.world_size))
             stack.enter_context(ring_attention(note))
             stack.enter_context(standins.noting(note))
+            stack.enter_context(attention_kernels(note))
             stack.enter_context(self.outputs)
             yield
 

@@ -149,6 +149,8 @@ def preload() -> None:
         import torch.distributed.pipelining
         import torch.distributed.tensor.experimental
         import torch.distributed.tensor.parallel
+        import torch.nn.attention.flex_attention
+        import torch.nn.attention.varlen
         import torch.nn.parallel
         import torch.testing._internal.distributed.fake_pg  # noqa: F401
 

@@ -18,7 +18,7 @@ ALONGSIDE = {
     "certify": {"kernel", "diagnostics"},
     "shrink": {"diagnostics", "report.model", "ir", "ops", "algebra.base", "replay", "kernel", "engine"},
     "progress": set(), "processes": set(), "explain": set(), "optable": {"ops"},
-    "cli": {*LAYERS, "progress", "processes", "explain", "optable", "config", "cases", "certify"},
+    "cli": {*LAYERS, "progress", "processes", "explain", "optable", "config", "cases", "certify", "adapters"},
     "config": {"diagnostics"}, "cases": {"processes", "verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
     "verify": {"capture", "api", "certify", "cache", "shrink"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel", "processes"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},

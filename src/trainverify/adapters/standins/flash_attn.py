@@ -98,7 +98,7 @@ def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=Fal
     return attention(*qkv.unbind(2), softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *how: Any) -> Tensor:
+def sequence_by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *how: Any) -> Tensor:
     """Sequence by sequence; tokens behind the last one are zero."""
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
     parts = [attention(q[None, a:b], k[None, c:d], v[None, c:d], *how)[0] if d > c else q.new_zeros(b - a, q.shape[1], v.shape[2])
@@ -107,25 +107,32 @@ def _each(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *how: Any
     return torch.cat([*parts, q.new_zeros(rest, q.shape[1], v.shape[2])] if rest or not parts else parts)
 
 
+def log_sums(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None, window: tuple[int, int]) -> Tensor:
+    """The logarithms of the rows' sums, (heads, tokens)."""
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    return torch.cat([_by_hand(q[None, a:b], k[None, c:d], v[None, c:d], scale, visible(b - a, d - c, False, window), 0.0, None)[1][0]
+                      for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]) if b > a], 1)
+
+
 @stands_for(f"{PACKAGE}.flash_attn_varlen_func", MEANING + ", for each sequence that cu_seqlens delimits")
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
                            window_size=EVERYWHERE, softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
     _asked("flash_attn_varlen_func", dropout_p, return_attn_probs, block_table=block_table)
-    return _each(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
+    return sequence_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
 
 
 @stands_for(f"{PACKAGE}.flash_attn_varlen_kvpacked_func", MEANING + ", for each sequence that cu_seqlens delimits")
 def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
                                     window_size=EVERYWHERE, softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):
     _asked("flash_attn_varlen_kvpacked_func", dropout_p, return_attn_probs)
-    return _each(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
+    return sequence_by_sequence(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
 
 
 @stands_for(f"{PACKAGE}.flash_attn_varlen_qkvpacked_func", MEANING + ", for each sequence that cu_seqlens delimits")
 def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=EVERYWHERE, softcap=0.0,
                                      alibi_slopes=None, deterministic=False, return_attn_probs=False):
     _asked("flash_attn_varlen_qkvpacked_func", dropout_p, return_attn_probs)
-    return _each(*qkv.unbind(1), cu_seqlens, cu_seqlens, softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
+    return sequence_by_sequence(*qkv.unbind(1), cu_seqlens, cu_seqlens, softmax_scale, causal, tuple(window_size), softcap, alibi_slopes)
 
 
 def flash_attn_with_kvcache(*args, **kwargs):
