@@ -75,9 +75,15 @@ DEEPSPEED = [
     Case("deepspeed_zero.py", {"stage": 1}),
     Case("deepspeed_zero.py", {"stage": 2}),
     Case("deepspeed_zero.py", {"stage": 3}, quick=True),
+    Case("wrong/deepspeed_norm_of_one_rank.py", expected="REFUTED", place=("deepspeed/runtime/zero/stage_1_and_2.py", "torch.linalg.vector_norm(g.data")),
 ]
 
 TRANSFORMERS = [
+    Case("transformers_mixtral.py", {"ep": 1}),
+    Case("transformers_mixtral.py", {"ep": 2}, quick=True),
+    Case("transformers_qwen3.py"),
+    Case("wrong/transformers_norm_grads_not_reduced.py", expected="REFUTED", quick=True,
+         place=("transformers/models/qwen3/modeling_qwen3.py", "return self.weight * hidden_states.to(input_dtype)")),
 ]
 
 TORCH = [
