@@ -9,7 +9,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --dist worksteal
 # The ranks of a program under verification and the test process share few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup frameworks verify test test-all test-bugs test-frameworks bench bench-bugs bench-frameworks clean
+.PHONY: setup frameworks verify test test-all test-bugs test-frameworks bench bench-bugs bench-frameworks bench-mutants clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,10 @@ bench-bugs: setup
 # All runs of real frameworks; writes docs/frameworks.md (half an hour).
 bench-frameworks: setup frameworks
 	$(VENV)/bin/python bench/frameworks.py
+
+# Bugs planted in programs that equal their reference: what a verification makes of each. None whose output changes may be PROVED (about an hour).
+bench-mutants: setup
+	$(VENV)/bin/python bench/mutants.py
 
 clean:
 	rm -rf $(VENV) .trainverify build dist src/*.egg-info

@@ -12,7 +12,7 @@ from trainverify.diagnose.edit import applied
 from trainverify.diagnose.mutate import Mutation, Mutator
 from trainverify.diagnose.oracle import Oracle
 from trainverify.diagnose.repair import CANNOT_RUN
-from trainverify.engine.analysis import Analysis, analyse
+from trainverify.engine.analysis import analyse
 from trainverify.ir.check import problems
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Key
@@ -36,9 +36,10 @@ class NotEqual(ValueError):
     """The program that bugs were to be planted in is not equal to its reference in the first place."""
 
 
-def scored(reference: Program, parallel: Program, seed: int, most: int, kinds: tuple[str, ...] = (), extra_rows: tuple = (),
+def scored(reference: Program, parallel: Program, seed: int, most: int, kinds: tuple[str, ...] = (), extra_rows: tuple = (), kernel: bool = True,
            begin: Callable[[Mutation], None] = lambda m: None) -> Iterator[Scored]:
-    """Plant bugs in a program that equals its reference, and verify each mutant."""
+    """Plant bugs in a program that equals its reference, and verify each mutant. kernel: prove also where every changed output differs in the
+    field already, so that the kernel is tried alone; else a proof is made only where it could decide."""
     base = analyse(reference, parallel, extra_rows=extra_rows)
     unequal = [j.key for j in base.judgements if j.verdict != "PROVED" and not j.reason.startswith("equal at")]
     if unequal or not base.judgements:
@@ -46,16 +47,18 @@ def scored(reference: Program, parallel: Program, seed: int, most: int, kinds: t
     oracle = Oracle(reference, parallel, base, seed)
     for mutation in Mutator(parallel).mutations(seed, most, kinds):
         begin(mutation)
-        yield _scored(reference, parallel, mutation, oracle, base, extra_rows)
+        yield _scored(reference, parallel, mutation, oracle, extra_rows, kernel)
 
 
-def _scored(reference: Program, parallel: Program, mutation: Mutation, oracle: Oracle, base: Analysis, extra_rows: tuple) -> Scored:
+def _scored(reference: Program, parallel: Program, mutation: Mutation, oracle: Oracle, extra_rows: tuple, kernel: bool) -> Scored:
     edited = applied(parallel, mutation.edit)
     if problems(edited):
         return Scored(mutation, "invalid")
     try:
         changed = oracle.changed(edited)
-        found = analyse(reference, edited, extra_rows=extra_rows)
+        found = analyse(reference, edited, extra_rows=extra_rows, proofs=kernel)
+        if not kernel and any(j.key in changed and j.reason.startswith("equal at") for j in found.judgements):
+            found = analyse(reference, edited, extra_rows=extra_rows)
     except CANNOT_RUN:
         return Scored(mutation, "invalid")
     verdicts = {j.key: j.verdict for j in found.judgements}

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from trainverify.diagnose.dataflow import Node
 from trainverify.diagnose.edit import Edit, applied
 from trainverify.diagnose.mutate import Mutation, Mutator
-from trainverify.diagnose.places import result
 from trainverify.diagnose.repair import CANNOT_RUN
 from trainverify.diagnose.trial import until
 from trainverify.engine.analysis import Analysis
@@ -30,6 +29,7 @@ from trainverify.report.model import PlantedBug, SelfTest
 MOST, PATIENCE = 40, 120_000                  # mutations, and calls that are replayed for them (a thousand or two take a second)
 FEWEST = 8                                    # mutations that are tried however long the program is
 DIRECT, NEAR = 6, 12                          # bugs planted right before an output that none reached, and calls above it that are looked at
+PROBED = 8                                    # results of one call that are looked at
 LOCAL = {"other factor", "operands swapped", "other operation", "slice shifted", "update dropped"}
 
 
@@ -44,6 +44,8 @@ class Probes:
     def before(self, machine: Machine, call: OpCall) -> None:
         node = (machine.rank, call.index)
         for k, ref in enumerate(self.wanted.get(node, ())):
+            if ref.storage not in machine.native.storages:
+                continue                      # nobody reads it any more
             self.seen[node, k] = machine.value(machine.algebras[0], ref)
             if not bool(machine.native.tensor(ref).any()):
                 self.zero.add((node, k))
@@ -51,9 +53,11 @@ class Probes:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a mutant shows: outputs that differ in the field or are missing, whether float64 shows it too, and what of the changed calls."""
+    """What a mutant shows: outputs that differ in the field or are missing, those of them that do by their value, whether float64 shows it too, and what
+    of the changed calls. (NaN times 0 is NaN still: that shows, and yet the output cannot show another value.)"""
 
     wrong: frozenset[Key]
+    by_value: frozenset[Key]
     witnessed: bool
     probes: Probes
 
@@ -87,7 +91,7 @@ class SelfTester:
             if found.wrong:
                 revealed, witnessed = revealed + 1, witnessed + found.witnessed
                 counts["revealed"] += 1
-                self.reached |= {k[:2] for k in found.wrong}
+                self.reached |= {k[:2] for k in found.by_value}
             else:
                 hidden.append(PlantedBug(m.kind, m.text, str(m.span or ""), m.ranks, self._why(m, base, found.probes)))
         self._reach_the_rest()
@@ -124,7 +128,7 @@ class SelfTester:
             comparison.run()
         except CANNOT_RUN:
             return None
-        wrong, witnessed = set(), False
+        wrong, by_value, witnessed = set(), set(), False
         for key, c in comparison.compared.items():
             if key in self.undecided or last and key[2] > last:
                 continue
@@ -132,7 +136,9 @@ class SelfTester:
             witnessed |= any(_is_witness(p) for p in differ)
             if differ or c.problems or c.missing or not c.pieces:
                 wrong.add(key)
-        return Outcome(frozenset(wrong), witnessed, probes)
+            if any(not _is_special(p) for p in differ):
+                by_value.add(key)
+        return Outcome(frozenset(wrong), frozenset(by_value), witnessed, probes)
 
     # ---- outputs that nothing reached
     def _reach_the_rest(self) -> None:
@@ -155,7 +161,7 @@ class SelfTester:
         self.progress("self-test", f"{len(chosen)} together")
         found = None if problems(applied(self.parallel, edit)) else self._replayed(edit, 0, Probes({}))
         if found is not None:
-            self.reached |= {k[:2] for k in found.wrong}
+            self.reached |= {k[:2] for k in found.by_value}
         elif len(chosen) > 1:                  # one of them cannot run
             half = len(chosen) // 2
             self._plant_together(chosen[:half])
@@ -188,15 +194,16 @@ class SelfTester:
         """Where to look at what changed calls give: the next operation of the rank; moved: by its number in the mutated program."""
         wanted: dict[Node, list[TensorRef]] = {}
         for rank, index in m.nodes:
-            ref = result(self.mutator.flow.call((rank, index)))
+            call = self.mutator.flow.call((rank, index))
+            refs = [r for r in (call.targets() if call.collective is None else call.collective.outputs) if r.numel][:PROBED]
             at = next((c.index for c in self.mutator.flow.calls[rank][self.mutator.places.settled((rank, index))[1] + 1:] if not c.name.startswith("tv.")), None)
-            if ref is None or at is None:
+            if not refs or at is None:
                 continue
             shift = 0
             if moved:
                 shift = sum(len(calls) for (r, i), calls in m.edit.after.items() if r == rank and i < at)
                 shift -= sum(new is None for (r, i), new in m.edit.calls.items() if r == rank and i < at)
-            wanted.setdefault((rank, at + shift), []).append(ref)
+            wanted.setdefault((rank, at + shift), []).extend(refs)
         return Probes(wanted)
 
     def _why(self, m: Mutation, base: Probes, now: Probes) -> str:
@@ -222,6 +229,12 @@ def _alike(m, a, b) -> bool:
     if type(a) is not type(b) or tuple(a.shape) != tuple(b.shape):
         return False
     return bool((a == b).all()) if hasattr(a, "numel") else bool(m.equal(a, b).all())
+
+
+def _is_special(p: Piece) -> bool:
+    """Whether every element that differs is no number: infinite, undefined, or memory that nobody wrote."""
+    special = getattr(p.parallel["field"], "sp", None)
+    return special is not None and bool((special.reshape(-1)[~p.equal["field"]] != 0).all())
 
 
 def _is_witness(p: Piece) -> bool:

@@ -90,12 +90,12 @@ def test_bugs_are_planted_in_equal_programs_only(captured):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["sharded", "accumulated"])
-def test_no_changed_output_is_ever_proved(captured, how):
-    found = list(scored(*programs(captured(how)), seed=3, most=30))
+@pytest.mark.parametrize(("how", "most", "kernel"), [("sharded", 12, True), ("accumulated", 40, False)])
+def test_no_changed_output_is_ever_proved(captured, how, most, kernel):
+    found = list(scored(*programs(captured(how)), seed=3, most=most, kernel=kernel))
     assert [s for s in found if s.wrongly] == []
     count = Counter(s.result for s in found)
-    assert count["REFUTED"] >= 15 and count["UNKNOWN"] <= 5 and count["invalid"] <= 10, count
+    assert count["REFUTED"] >= most // 2 and count["UNKNOWN"] <= most // 6 and count["invalid"] <= most // 4, count
     assert all(s.verdict != "REFUTED" for s in found if s.result == "same")
 
 
@@ -118,4 +118,5 @@ def test_a_self_test_tells_a_strong_spec_from_a_weak_one(captured):
     assert strong.planted >= 20 and strong.revealed >= 0.8 * strong.planted and strong.unreached == ()
     assert strong.witnessed <= strong.revealed == sum(shown for _, _, shown in strong.kinds) == strong.planted - len(strong.hidden)
     assert all(name.startswith("parameter ") for name in weak.unreached) and len(weak.unreached) == 4     # lr is 0: updates do not show
-    assert any(b.kind == "update dropped" and "zero" not in b.text for b in weak.hidden) and self_tested(captured("frozen")) == weak
+    assert [b.why for b in weak.hidden if "_fused_adamw_" in b.text] == ["its result is the same here"]                                  # of the weight decay
+    assert self_tested(captured("frozen")) == weak
