@@ -145,8 +145,8 @@ class Binder:
         if key not in self._decoded:
             raw = machine.native.initial(storage)
             found = None
-            if raw is not None and dtype in ("float32", "float64", "bfloat16", "float16"):
-                item = dtype_of(dtype).itemsize
+            item = dtype_of(dtype).itemsize
+            if raw is not None and len(raw) >= item and dtype in ("float32", "float64", "bfloat16", "float16"):
                 usable = np.ascontiguousarray(raw)[: len(raw) // item * item]
                 values = torch.from_numpy(usable.copy()).view(dtype_of(dtype)).double().numpy()
                 found = self.symbols.look_up(values)
