@@ -15,8 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from trainverify.kernel.patterns import Pattern, Patterns
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
-from trainverify.kernel.rename import Template, canonical_rows, distinct, instantiate, template
+from trainverify.kernel.rename import Template, canonical_order, canonical_rows, distinct, instantiate, template
 from trainverify.kernel.shapes import LEAF, Shapes
 from trainverify.kernel.store import GARBAGE, I64, Store, distinct_rows, grow, is_total
 from trainverify.kernel.sums import equal_sums
@@ -91,6 +92,7 @@ class Claims:
         self.failures: list[Failure] = []
         self.proofs: dict[str, Proved] = {}                      # by content
         self.counts: Counter[str] = Counter()
+        self._patterns = Patterns()
         self._templates: dict[tuple[int, int, Fraction], Template] = {}
         self._verdicts: dict[tuple, tuple[Verdict, Obligation]] = {}
         self._by_content: dict[str, Verdict] = {}
@@ -337,13 +339,46 @@ class Claims:
         return ok
 
     def _settle_rows(self, key: tuple[int, int, Fraction], rows: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
+        """A few rows show what proves their kind; those that are instances of it need no names."""
+        ok, left, tried = np.zeros(len(rows), bool), np.arange(len(rows)), 0
+        patterns = self._patterns.of(key)
+        while left.size:
+            for pattern in patterns[tried:]:
+                left = self._like(pattern, key, rows, left, ok, split, limit, depth)
+            tried = len(patterns)
+            some, left = left[:PILOT], left[PILOT:]
+            ok[some] = self._settle_new(key, rows[some], split, limit, depth)
+            if len(patterns) == tried:
+                ok[left] = self._settle_new(key, rows[left], split, limit, depth)
+                break
+        return ok
+
+    def _like(self, pattern: Pattern, key, rows: np.ndarray, left: np.ndarray, ok: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
+        """Settle the rows that fit a pattern; which are left."""
+        fits = pattern.fits(rows[left], self.store.sign)
+        at = left[fits]
+        self._effort += rows[left].size // 256
+        if not at.size:
+            return left
+        if pattern.unfold is None:
+            ok[at] = True
+            self.counts["proved instance"] += len(at)
+        else:
+            ok[at] = self._unfold_at(key, rows[at][:, pattern.order], pattern.unfold, split, limit, depth, None)
+            if not ok[at].any():
+                return left                                      # the usual way
+        return left[~fits]
+
+    def _settle_new(self, key: tuple[int, int, Fraction], rows: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
+        ok = np.zeros(len(rows), bool)
+        if not len(rows):
+            return ok
         t = self._template(key)
         self._effort += rows.size // 64
         named = canonical_rows(t, rows)
         partial = self.shapes.partial[key[0]] or self.shapes.partial[key[1]]
         names = np.concatenate([named.names, self.store.sign[named.rows]], 1) if partial else named.names
         first, kind = distinct(names)
-        ok = np.zeros(len(rows), bool)
         width = rows.shape[1]
         for g, i in enumerate(first):
             index = np.flatnonzero(kind == g)
@@ -351,8 +386,11 @@ class Claims:
             if isinstance(verdict, Proved):
                 ok[index] = True
                 self.counts[f"proved {verdict.how}"] += len(index)
+                self._patterns.learn(key, rows[i], self.store.sign if partial else None)
             elif isinstance(verdict, Refuted) or verdict.reason == "definedness":
-                ok[index] = self._unfold(key, named.rows[index], named.names[i], split, limit, depth, obligation)
+                hit, ok[index] = self._unfold(key, named.rows[index], named.names[i], split, limit, depth, obligation)
+                if ok[i]:
+                    self._patterns.learn(key, rows[i], None, canonical_order(t, rows[i]), hit)
             else:
                 self._fail(key, verdict.reason, len(index), obligation)
         return ok
@@ -389,32 +427,36 @@ class Claims:
         self.failures.append(Failure(self.store.now, self.store.parallel, self.shapes.nodes[key[1]][0], reason, rows, obligation))
 
     # ---- unfolding (which leaves: only a matter of success)
-    def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> np.ndarray:
-        """Replace some leaves by their definitions and settle what results."""
-        none = np.zeros(len(rows), bool)
+    def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> tuple[np.ndarray, np.ndarray]:
+        """Replace some leaves by their definitions and settle what results: at which positions, and which rows are proved."""
+        none, nowhere = np.zeros(len(rows), bool), np.zeros(0, I64)
         if self.wasted >= PATIENCE + self.store.n // 2:
             self.counts["impatient"] += len(rows)
-            return none
+            return nowhere, none
         if len(rows) > 4 * PILOT:
-            pilot = self._unfold(key, rows[:PILOT], names, split, limit, depth, obligation)
+            _, pilot = self._unfold(key, rows[:PILOT], names, split, limit, depth, obligation)
             if not pilot.any():
-                return none
+                return nowhere, none
         if depth >= DEPTH:
             self._fail(key, "depth", len(rows), obligation)
-            return none
+            return nowhere, none
         chosen = self._choice(rows[0], names, split)
         if not chosen:
             self._fail(key, "not equal", len(rows), obligation)
-            return none
+            return nowhere, none
         hit = np.flatnonzero(np.isin(names, list(chosen)))
+        return hit, self._unfold_at(key, rows, hit, split, limit, depth, obligation)
+
+    def _unfold_at(self, key, rows: np.ndarray, hit: np.ndarray, split: int, limit: int, depth: int, obligation: Obligation | None) -> np.ndarray:
+        """Which rows are proved with the definitions of the identifiers at some positions."""
+        ok = np.zeros(len(rows), bool)
         try:
             ref = self._unfolded(key[0], rows[:, :split], hit[hit < split], limit)
             par = self._unfolded(key[1], rows[:, split:], hit[hit >= split] - split, limit)
         except TooLarge:
             self._too_large = True
             self._fail(key, "size", len(rows), obligation)
-            return none
-        ok = none
+            return ok
         for a, b, pick in _pairs(ref, par, len(rows)):
             ok[pick] = self._settle(a, b, key[2], limit, depth + 1)
         return ok

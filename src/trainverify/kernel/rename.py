@@ -216,15 +216,32 @@ def _alike(units: list[tuple[int, ...]], places: dict[int, tuple[int, ...] | Non
 def canonical_rows(t: Template, rows: np.ndarray) -> Named:
     """Rows [n, positions] of identifiers, arranged and named: rows with equal names claim the same up to renaming."""
     rows = np.array(rows, dtype=np.int64)
-    first, second = t.groups
-    if rows.size and (first or second):
-        colours = _row_colours(t.classes, rows)
-        for group in first:
-            _sort_units(group, rows, colours, rows)
-        ranks = _ranks(rows, first) if first and second else rows
-        for group in second:
-            _sort_units(group, rows, colours, ranks)
+    _arrange(t, rows, [rows])
     return Named(rows, rename(rows))
+
+
+def canonical_order(t: Template, row: np.ndarray) -> np.ndarray:
+    """Which position of a row stands at each position when it is arranged."""
+    rows, order = np.array(row, dtype=np.int64)[None], np.arange(len(row))[None]
+    _arrange(t, rows, [rows, order])
+    return order[0]
+
+
+def _arrange(t: Template, rows: np.ndarray, moved: list[np.ndarray]) -> None:
+    """Exchange units in all of `moved` (rows among them), until those of `rows` are in order."""
+    first, second = t.groups
+    if not rows.size or not (first or second):
+        return
+    colours = _row_colours(t.classes, rows)
+    for group in first:
+        _sort_units(group, colours, rows, [*moved, colours])
+    if first and second:
+        ranks = _ranks(rows, first)
+        for group in second:
+            _sort_units(group, colours, ranks, [*moved, colours, ranks])
+        return
+    for group in second:
+        _sort_units(group, colours, rows, [*moved, colours])
 
 
 def _ranks(rows: np.ndarray, groups: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -295,8 +312,8 @@ def _spread(x: np.ndarray) -> np.ndarray:
     return (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
 
 
-def _sort_units(group: np.ndarray, rows: np.ndarray, colours: np.ndarray, ties: np.ndarray) -> None:
-    """Exchange the units of each node of a group, row by row, into the order of their colours, then of `ties` (which may be `rows`)."""
+def _sort_units(group: np.ndarray, colours: np.ndarray, ties: np.ndarray, moved: list[np.ndarray]) -> None:
+    """Exchange the units of each node of a group, row by row, into the order of their colours, then of `ties`: in all of `moved`."""
     weights = _spread(np.arange(1, group.shape[2] + 1, dtype=np.uint64))
     tints = colours[:, group]
     keys = [(_spread(tints) * weights).sum(3, dtype=np.uint64), *np.moveaxis(ties[:, group[..., :TIES]], 3, 0)]
@@ -304,5 +321,5 @@ def _sort_units(group: np.ndarray, rows: np.ndarray, colours: np.ndarray, ties: 
     for key in reversed(keys[:-1]):
         order = np.take_along_axis(order, np.argsort(np.take_along_axis(key, order, 2), 2, kind="stable"), 2)
     flat, order = group.reshape(-1), order[..., None]
-    for a in (rows, colours) if ties is rows else (rows, colours, ties):
-        a[:, flat] = np.take_along_axis(a[:, group], order, 2).reshape(len(rows), -1)
+    for a in moved:
+        a[:, flat] = np.take_along_axis(a[:, group], order, 2).reshape(len(a), -1)

@@ -116,8 +116,14 @@ MUTANTS = {
         'if isinstance(verdict, Proved):\n                ok[index] = True\n                self.counts[f"proved {verdict.how}"] += len(index)',
         "if isinstance(verdict, (Proved, Refuted)):\n                ok[index] = True"),
     "claims: one row for all of its shape": ("claims", "differences", "rolled",
-        "first, kind = distinct(names)\n        ok =",
-        "first, kind = distinct(names * 0)\n        ok ="),
+        "first, kind = distinct(names)\n        width =",
+        "first, kind = distinct(names * 0)\n        width ="),
+    "claims: what needs unfolding is proved": ("claims", "many differences", "rolled", "if pattern.unfold is None:", "if True:"),
+    "patterns: any row is an instance": ("patterns", "many differences", "rolled",
+        "ok = (rows[:, self.again] == rows[:, self.first]).all(1)",
+        "ok = np.ones(len(rows), bool)"),
+    "patterns: one equality is enough": ("patterns", "many differences", "rolled", "self.first]).all(1)", "self.first]).any(1)"),
+    "patterns: of any sign": ("patterns", "a positive one of many", "aligned 0", "if self.signs is not None and ok.any():", "if False:"),
     "claims: signs are not part of names": ("claims", "a positive one", "aligned 0",
         "self.store.sign[named.rows]], 1) if partial",
         "self.store.sign[named.rows[:1]].repeat(len(rows), 0)], 1) if partial"),
@@ -158,7 +164,7 @@ def mutated(what: str) -> Parts:
     source = inspect.getsource(changed)
     assert source.count(old) == 1, f"the source changed: {old!r} occurs {source.count(old)} times"
     made: dict[str, types.ModuleType] = {}
-    for name in ("rename", "shapes", "store", "sums", "claims", "elements"):
+    for name in ("patterns", "rename", "shapes", "store", "sums", "claims", "elements"):
         text = source.replace(old, new) if name == module else inspect.getsource(importlib.import_module(KERNEL + name))
         made[name] = loaded(KERNEL + name, text, {KERNEL + k: m for k, m in made.items()})
     made["store"].Store._attrs = {}           # for the mutant that takes the first attribute of a kind for that of all
@@ -205,6 +211,34 @@ def hidden(m, x, v):
     return m.add(zeros(m, x), m.const(v))
 
 
+def many(m, x, y):
+    """Twelve pairs, more than the rows of a claim that are looked at one by one."""
+    return m.take([x], 1 + torch.arange(12) // 4), m.take([y], 1 + torch.arange(12) % 4)
+
+
+def a_positive_one(pairs):
+    """Only x[0] is known to be positive."""
+    def reference(m, x, y):
+        a, b = pairs(m, x, y)
+        return m.log(m.take([x], torch.tensor([1]))), m.mul(a, m.exp(b))
+
+    def parallel(m, x, y):
+        a, b = pairs(m, x, y)
+        return m.sqrt(m.mul(m.mul(a, m.exp(b)), m.mul(a, m.exp(b))))
+    return reference, parallel
+
+
+def differences(pairs):
+    def reference(m, x, y):
+        a, b = pairs(m, x, y)
+        return m.sub(m.mul(a, b), m.mul(m.exp(a), m.exp(b)))
+
+    def parallel(m, x, y):
+        a, b = pairs(m, x, y)
+        return m.sub(m.exp(m.add(a, b)), m.mul(a, b)), m.sub(m.mul(b, a), m.exp(m.add(b, a)))
+    return reference, parallel
+
+
 CORPUS = {
     "constants": both(lambda m, x, y: m.exp(m.add(m.neg(hidden(m, x, 2)), m.sub(hidden(m, x, 3), hidden(m, x, 5))))),
     "constants and one value": both(lambda m, x, y: (m.inv(hidden(m, x, 4)), m.maximum(hidden(m, x, 2), hidden(m, x, 3)), m.sub(zeros(m, x), y),
@@ -237,10 +271,10 @@ CORPUS = {
                   lambda m, x, y: [m.scale(m.mul(m.exp(m.mul(y, x)), m.exp(m.sub(m.mul(y, x), m.mul(x, y)))), c) for c in (2, Fraction(1, 2), 3, -1)]),
     "multiples of sums": (lambda m, x, y: m.sum(m.mul(x, y)),
                           lambda m, x, y: (m.sum(m.mul(m.scale(x, 2), y)), m.sum(m.mul(m.scale(x, 3), y)), m.neg(m.sum(m.mul(x, y))))),
-    "a positive one": (lambda m, x, y: (m.log(m.take([x], torch.tensor([1]))), m.mul(x, m.exp(y))),
-                       lambda m, x, y: m.sqrt(m.mul(m.mul(x, m.exp(y)), m.mul(x, m.exp(y))))),
-    "differences": (lambda m, x, y: m.sub(m.mul(x, y), m.mul(m.exp(x), m.exp(y))),
-                    lambda m, x, y: (m.sub(m.exp(m.add(x, y)), m.mul(x, y)), m.sub(m.mul(y, x), m.exp(m.add(y, x))))),
+    "a positive one": a_positive_one(lambda m, x, y: (x, y)),
+    "a positive one of many": a_positive_one(many),
+    "differences": differences(lambda m, x, y: (x, y)),
+    "many differences": differences(many),
     "another pair": (lambda m, x, y: m.add(m.exp(y), m.sin(x)), lambda m, x, y: m.add(m.exp(x), m.sin(y))),
     "the other way round": (lambda m, x, y: m.compare("gt", x, y), lambda m, x, y: m.compare("gt", y, x)),
     "another sign": (lambda m, x, y: m.add(m.add(x, y), m.exp(x)), lambda m, x, y: m.add(m.sub(x, y), m.exp(x))),
