@@ -55,6 +55,11 @@ def cases_of(path: str | os.PathLike, stand_ins: Sequence[str] = ()) -> list[dic
     return msgspec.json.decode(answer.value, type=list[dict[str, Any]]) or [{}]
 
 
+def scripts_of(reference: str, parallel: str | Sequence[str], ranks: int | None = None, local: Sequence[str] = (), skip: Sequence[str] = ()) -> Any:
+    """Two command lines as a run takes them in place of a spec; raises Fault where one cannot be used."""
+    return importlib.import_module("trainverify.capture.script").parse_scripts(reference, parallel, ranks, local, skip)
+
+
 def preload() -> None:
     """Import once what every run needs; the forked processes share it."""
     importlib.import_module("trainverify.capture.world").preload()

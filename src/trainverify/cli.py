@@ -32,6 +32,12 @@ _EXITS = """exit codes:
 """
 _CAPTURE_EXITS = _EXITS.replace("PROVED", "captured").replace("REFUTED, or the", "the").replace("  3    UNKNOWN\n", "")
 _LINEAGE_EXITS = _CAPTURE_EXITS.replace("captured", "listed")
+_SCRIPTS = """scripts in place of a spec (docs/scripts.md says more):
+  trainverify verify --ranks 4 --reference train.py -- train.py --tp 2
+  trainverify verify --reference train.py --run "ranks=4 train.py --tp 2" \\
+                     --run "ranks=8 train.py --tp 2 --pp 2"
+
+"""
 _START = """a spec is a Python file that defines reference() and parallel(ref):
   trainverify verify spec.py            compare the two, and print the report
   trainverify verify spec.py --dry-run  only see which weights each rank holds
@@ -128,6 +134,14 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **given: Any):
         super().__init__(**given, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """What follows -- is a script's command line, not ours."""
+        words = list(sys.argv[1:] if args is None else args)
+        at = words.index("--") if "--" in words else len(words)
+        parsed = super().parse_args(words[:at], namespace)
+        parsed.script = words[at + 1:]
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         print("\n".join(wrap(f"{self.prog}: ", f"error: {message}", WIDTH, indent=2)), file=sys.stderr)
         self.exit(2, f"`{self.prog} --help` shows the arguments\n")
@@ -139,9 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"trainverify {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    verify = _command(commands, "verify", "check a spec, or the traces of an earlier capture", _EXITS)
+    verify = _command(commands, "verify", "check a spec, the traces of an earlier capture, or scripts", _SCRIPTS + _EXITS)
     verify.add_argument("path", metavar="SPEC.py|DIR", type=_existing, nargs="?", help="the spec, or a folder that `trainverify capture` wrote; without it: the specs of [tool.trainverify] in pyproject.toml")
     verify.add_argument("--all-cases", action="store_true", help="every entry of the spec's CASES, with one table")
+    verify.add_argument("--reference", metavar="COMMAND", default="", help="scripts in place of a spec: the one that runs on one device; the parallel one follows --")
+    verify.add_argument("--run", metavar="COMMAND", dest="runs", action="append", default=[], help="with --reference: a parallel script, which may begin with ranks=N; several make one table")
+    verify.add_argument("--local", metavar="NAME=HOW", action="append", default=[], help="scripts: this float is each rank's share of a mean or a sum")
+    verify.add_argument("--skip", metavar="NAME", action="append", default=[], help="scripts: do not compare this float")
     _capture_arguments(verify)
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
@@ -345,6 +363,10 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     asked = [f"--{name.replace('_', '-')}" for name in ("self_test", "second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
     if asked and args.dry_run:
         return _usage(f"verify: error: {asked[0]} needs a comparison, and --dry-run makes none")
+    if args.reference or args.script or args.runs:
+        return _verify_scripts(args, argv, asked)
+    if args.local or args.skip:
+        return _usage("verify: error: --local and --skip are for scripts: there is no --reference")
     if args.cross_check and not args.reduce:
         return _usage("verify: error: --cross-check is for --reduce")
     if args.path is None or args.all_cases:
@@ -360,6 +382,40 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
         report.mode = "dry-run"
     kept = str(FOLDER / "traces") if args.debug and not args.path.is_dir() and report.verdict != "ERROR" else ""
     return _deliver(report, args, argv, args.format, args.output, kept)
+
+
+def _verify_scripts(args: argparse.Namespace, argv: list[str], asked: list[str]) -> int:
+    """Scripts in place of a spec: one parallel command line, or several with one table."""
+    from trainverify import cases
+    from trainverify.report.model import Suite
+    from trainverify.report.text import diagnostic_lines
+    from trainverify.report.versions import versions
+
+    lines = [*args.runs, *([args.script] if args.script else [])]
+    wrong = ("scripts need --reference \"SCRIPT ...\"" if not args.reference else "scripts need a parallel command line, after -- or in --run" if not lines else
+             f"{args.path} is a spec, and --reference a script: give one of them" if args.path is not None else
+             "--case and --all-cases are for specs" if args.case or args.all_cases else f"{asked[0]} is for one parallel command line" if asked and len(lines) > 1 else "")
+    if wrong:
+        return _usage(f"verify: error: {wrong}")
+    try:
+        given = [cases.scripts_of(args.reference, line, args.ranks, args.local, args.skip) for line in lines]
+    except Fault as fault:
+        print("\n".join(line for d in fault.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
+        return 2
+    if any(scripts.ranks is None for scripts in given):
+        return _usage("verify: error: scripts need --ranks N")
+    more = {"accept": tuple(args.accept), "dry_run": args.dry_run}
+    if len(given) > 1:
+        started = time.perf_counter()
+        runs = [cases.Run(s, _options(args, {}, **more, **({"workdir": FOLDER / f"traces-{i}"} if args.debug else {}))) for i, s in enumerate(given, 1)]
+        reports = cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()))
+        return _deliver(Suite(reports, time.perf_counter() - started, versions=versions()), args, argv, args.format, args.output)
+    args.path = given[0]
+    options = _options(args, {}, **more, self_test=args.self_test, second_opinion=args.second_opinion, certificate=args.certificate,
+                       dump_unknown=args.dump_unknown, counterexample=args.counterexample)
+    report = _run(args, options, "verify_scripts", args.path, options)
+    report.mode = "dry-run" if args.dry_run else report.mode
+    return _deliver(report, args, argv, args.format, args.output, str(FOLDER / "traces") if args.debug and report.verdict != "ERROR" else "")
 
 
 def _verify_all(args: argparse.Namespace, argv: list[str]) -> int:
@@ -507,14 +563,15 @@ def _deliver(result: Any, args: argparse.Namespace, argv: list[str], form: str, 
 def _rerun(argv: list[str]) -> str:
     """The same command without what only says where the report goes."""
     kept, skip = [], False
-    for a in argv:
+    ours = argv[:argv.index("--")] if "--" in argv else argv
+    for a in ours:
         if skip:
             skip = False
         elif a in ("--format", "-o", "--output") and argv[0] == "verify":
             skip = True
         elif not (a.startswith(("--format=", "--output=", "-o")) and argv[0] == "verify") and a not in ("-q", "--quiet"):
             kept.append(a)
-    return shlex.join(["trainverify", *kept])
+    return shlex.join(["trainverify", *kept, *argv[len(ours):]])
 
 
 # ---- recheck, ops and explain

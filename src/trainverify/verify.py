@@ -45,6 +45,15 @@ def verify_spec(path: str | os.PathLike, options: Options = Options(), progress:
     return _verify(lambda: load_spec(Path(path), options.stand_ins), options, progress, str(path))
 
 
+def verify_scripts(scripts, options: Options = Options(), progress: Callable = _quiet) -> Report:
+    """Run two scripts (`capture.script.parse_scripts`) in place of a spec's functions, and verify them as `verify_spec` does."""
+    from trainverify.capture.script import load_scripts
+
+    report = _verify(lambda: load_scripts(scripts), options, progress, str(scripts))
+    report.rerun = shlex.join(["trainverify", "verify", *scripts.options(options.ranks), *_rerun_options(options), "--seed", str(report.seed), "--", *shlex.split(str(scripts.parallel))])
+    return report
+
+
 def verify(reference, parallel=None, *, ranks: int | None = None, case: dict | None = None, steps: int = 2, seed: int = 0,
            timeout: float = 300.0, accept: Sequence[str] = (), ops: Sequence = (), dry_run: bool = False, repair: bool = True,
            stand_ins: Sequence[str] = ()) -> Report:
@@ -214,10 +223,14 @@ def rerun_line(report: Report, options: Options) -> str:
     words = ["trainverify", "verify", report.spec]
     words += ["--case", ",".join(f"{k}={v}" for k, v in report.case.items())] if report.case and not Path(report.spec).is_dir() else []
     words += ["--ranks", str(options.ranks)] if options.ranks is not None else []
-    words += ["--steps", str(options.steps)] if options.steps != Options().steps else []
+    return shlex.join([*words, *_rerun_options(options), "--seed", str(report.seed)])
+
+
+def _rerun_options(options: Options) -> list[str]:
+    words = ["--steps", str(options.steps)] if options.steps != Options().steps else []
     words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
     words += [word for word, asked in (("--no-repair", not options.repair), ("--reduce", options.reduce), ("--cross-check", options.cross_check)) if asked]
-    return shlex.join([*words, "--seed", str(report.seed)])
+    return [*words, "--seed", str(options.seed)]
 
 
 def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:
