@@ -1,11 +1,12 @@
 """torchtitan's Trainer on Llama 3: FSDP2, tensor with sequence parallelism, both, pipelines and accumulation against one device."""
 from common import titan
+from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-from torchtitan.models.llama3 import (_EMBEDDING_INIT, _NORM_INIT, _build_llama3_layers, _output_linear_init, model_registry,
-                                      parallelize_llama)
+from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.llama3 import _EMBEDDING_INIT, _NORM_INIT, _build_llama3_layers, _output_linear_init, model_registry
 from torchtitan.models.llama3.model import Llama3Model
 
-RANKS = lambda dp=1, tp=1, pp=1, accumulate=1, schedule="": dp * tp * pp
+RANKS = lambda dp=1, tp=1, pp=1, accumulate=1, schedule="", flex=False, recompute=False: dp * tp * pp
 CASES = [{"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2}, {"dp": 2, "accumulate": 3}]
 DIM, HEADS, KV_HEADS, HIDDEN = 24, 4, 2, 20
 ROWS = 6
@@ -29,8 +30,9 @@ def reference():
     return titan.training(titan.build(small_llama3(), rows=ROWS), titan.make_batches(ROWS))
 
 
-def parallel(ref, dp=1, tp=1, pp=1, accumulate=1, schedule="1F1B"):
+def parallel(ref, dp=1, tp=1, pp=1, accumulate=1, schedule="1F1B", flex=False, recompute=False):
+    options = {"attention": FlexAttention} if flex else {}
     trainer = titan.build(small_llama3(), rows=ROWS // dp // accumulate, checkpoint=ref.checkpoint(), global_rows=ROWS,
                           data_parallel_shard_degree=dp, tensor_parallel_degree=tp, pipeline_parallel_degree=pp,
-                          pipeline_parallel_schedule=schedule)
+                          pipeline_parallel_schedule=schedule, recompute=FullAC.Config() if recompute else None, **options)
     return titan.training(trainer, ref.batch, reference=False)

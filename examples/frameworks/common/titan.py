@@ -1,7 +1,7 @@
 """What the torchtitan examples share: a tiny configuration of torchtitan's own Trainer, its data, and its step as a Training.
 
 Everything that trains is torchtitan's: Trainer.train_step, its parallelize functions, optimizers, clipping and checkpointer. The
-configuration replaces what would need a network (the data set) or a GPU kernel (FlexAttention: plain causal attention instead).
+configuration replaces what would need a network (the data set); attention is plain causal unless it is to be torchtitan's FlexAttention.
 """
 import tempfile
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ VOCAB = 40
 LENGTH = 8
 
 
-def make_batches(rows, steps=2, seed=1):
+def make_batches(rows, length=LENGTH, steps=2, seed=1):
     """For each step the rows of the global batch: tokens, and labels of which some are ignored, unequally many per row."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCAB, (steps, rows, LENGTH + 1), generator=generator)
+    tokens = torch.randint(0, VOCAB, (steps, rows, length + 1), generator=generator)
     labels = tokens[:, :, 1:].clone()
     for row in range(rows):
         labels[:, row, : row % 4] = IGNORE_INDEX
@@ -47,7 +47,7 @@ class GivenBatches(BaseDataLoader):
         self.degree, self.rank, self.rows = dp_world_size, dp_rank, local_batch_size
 
     def __iter__(self):
-        positions = torch.arange(LENGTH).expand(self.rows, -1)
+        positions = torch.arange(self.batches["tokens"].shape[-1]).expand(self.rows, -1)
         for tokens, labels in zip(self.batches["tokens"], self.batches["labels"], strict=True):
             for part in range(self.rank, tokens.shape[0] // self.rows, self.degree):
                 rows = slice(part * self.rows, (part + 1) * self.rows)
@@ -91,22 +91,22 @@ class KeptMetrics(MetricsProcessor):
         self.kept = {"loss": global_avg_loss, "grad_norm": grad_norm}
 
 
-def build(model_spec, rows, checkpoint=None, **parallelism):
-    """torchtitan's Trainer for this model; `rows`: of one microbatch on one data-parallel rank."""
+def build(model_spec, rows, length=LENGTH, chunks=4, global_rows=-1, checkpoint=None, attention=ScaledDotProductAttention,
+          recompute=None, **parallelism):
+    """torchtitan's Trainer for this model; `rows`: of one microbatch on one data-parallel rank, `chunks`: of the loss along the sequence."""
     for layer in model_spec.model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
-    global_rows = parallelism.pop("global_rows", -1)
+        layer.attention.inner_attention = attention.Config()
     config = Trainer.Config(
         model_spec=model_spec,
-        loss=ChunkedLossWrapper.Config(num_chunks=4, loss_fn=CrossEntropyLoss.Config(global_vocab_size=VOCAB)),
+        loss=ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=CrossEntropyLoss.Config(global_vocab_size=VOCAB)),
         optimizer=default_adamw(lr=1e-2),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0),
-        training=TrainingConfig(local_batch_size=rows, global_batch_size=global_rows, seq_len=LENGTH, steps=10, max_norm=0.5,
+        training=TrainingConfig(local_batch_size=rows, global_batch_size=global_rows, seq_len=length, steps=10, max_norm=0.5,
                                 mixed_precision_param="float32", disable_cuda_graphs=True),
         dataloader=GivenBatches.Config(), tokenizer=NoTokenizer.Config(), metrics=KeptMetrics.Config(),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor", **parallelism),
         checkpoint=CheckpointManager.Config(enable=True, initial_load_path=checkpoint, keep_latest_k=0),
-        activation_checkpoint=None, debug=DebugConfig(seed=1, enable_structured_logging=False), dump_folder=tempfile.mkdtemp())
+        activation_checkpoint=recompute, debug=DebugConfig(seed=1, enable_structured_logging=False), dump_folder=tempfile.mkdtemp())
     config.validator.enable = False
     return config.build()
 
