@@ -9,11 +9,12 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import msgspec
 
 from trainverify.diagnose.dataflow import Dataflow, Node
-from trainverify.diagnose.edit import Edit, all_reduce, copied, moved, reading, reducing, regrouped
+from trainverify.diagnose.edit import Edit, all_reduce, copied, moved, reading, reducing, regrouped, scaled
 from trainverify.diagnose.places import Occurrence, Places, result
 from trainverify.diagnose.words import names_of
 from trainverify.diagnostics import Span
@@ -58,6 +59,7 @@ class Mutator:
         self._meetings = 0
         self._kinds: dict[str, tuple[Callable[[OpCall], bool], Callable[[Node, random.Random], Mutation | None]]] = {
             "collective dropped": (_droppable, self._dropped_collective),
+            "own share": (_counts, self._own_share),
             "collective twice": (_reduces, self._twice),
             "other group": (_regroupable, self._other_group),
             "other reduction": (_reduces, self._other_reduction),
@@ -167,6 +169,17 @@ class Mutator:
             if (settled := self.places.settled(n)) != n:
                 edit.calls[settled] = None
         return self._made("collective dropped", f"{self.flow.call(node).collective.kind} dropped", edit, node)
+
+    def _own_share(self, node: Node, rng: random.Random) -> Mutation:
+        """A count over all ranks is taken for as many times this rank's own, as where means are averaged: right if all ranks count the same."""
+        edit = Edit()
+        for n in self._met(node, rng):
+            call = self.flow.call(n)
+            edit.calls[n], *_ = *(_local(call, n[0]) or ()), None
+            edit.after[n] += scaled(result(call), Fraction(len(call.collective.group)), call.span)
+            if (settled := self.places.settled(n)) != n:
+                edit.calls[settled] = None
+        return self._made("own share", "each rank's own number times the number of ranks in place of their sum", edit, node)
 
     def _twice(self, node: Node, rng: random.Random) -> Mutation:
         """What was reduced is reduced again over the same group."""
@@ -306,6 +319,12 @@ def _droppable(call: OpCall) -> bool:
 def _reduces(call: OpCall) -> bool:
     c = call.collective
     return c is not None and c.kind in ("all_reduce", "reduce_scatter") and c.reduce_op in OTHER_REDUCTION
+
+
+def _counts(call: OpCall) -> bool:
+    """A sum of one number of each rank."""
+    c = call.collective
+    return c is not None and c.kind == "all_reduce" and c.reduce_op == "sum" and (ref := result(call)) is not None and ref.numel == 1
 
 
 def _regroupable(call: OpCall) -> bool:
