@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainverify.adapters import HOOK, standins
+from trainverify import adapters
+from trainverify.adapters import standins
 from trainverify.api import Reference, Training
 from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
@@ -315,7 +316,7 @@ class Session:
 
     def save(self, handed: bytes = b"", early: Sequence[Early] = ()) -> bytes:
         meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
-                "optimizers": msgspec.json.encode(self.outputs.settings).decode(), "patches": msgspec.json.encode(HOOK.applied).decode()}
+                "optimizers": msgspec.json.encode(self.outputs.settings).decode(), "patches": msgspec.json.encode(adapters.HOOK.applied).decode()}
         trace = self.recorder.trace(groups=_groups(self.meshes), steps=self.options.steps, meta=meta)
         self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
         result = _Result(len(trace.ops), time.process_time(), _pss(), handed, list(early), self.stepped)

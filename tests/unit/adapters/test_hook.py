@@ -122,7 +122,6 @@ def test_a_patch_has_a_reason(framework):
 
 def test_the_report_lists_what_was_replaced(framework, monkeypatch):
     monkeypatch.setattr(adapters, "HOOK", hook := Hook(lambda: [adapter()]))
-    monkeypatch.setattr("trainverify.capture.session.HOOK", hook)
     monkeypatch.chdir(framework)
     (framework / "spec.py").write_text(SPEC)
     try:
