@@ -87,6 +87,17 @@ TRANSFORMERS = [
 ]
 
 TORCH = [
+    Case("torch_compiled.py"),
+    Case("torch_context_parallel.py", {"rotate": "allgather"}, ranks=3),
+    Case("torch_context_parallel.py", {"rotate": "alltoall"}, ranks=3),
+    *(Case("torch_data_parallel.py", {"how": how}) for how in (
+        "bucket_view", "checkpointed", "checkpointed_reentrant", "zero", "fsdp1_original", "fsdp1_flat", "fsdp1_accumulate", "fsdp1_mixed",
+        "fsdp2_keep", "fsdp2_mixed", "fsdp2_accumulate")),
+    Case("torch_data_parallel.py", {"how": "hsdp"}, ranks=4),
+    *(Case("torch_optimizers.py", {"how": how}) for how in ("foreach", "fused", "sharded")),
+    *(Case("torch_pipelining.py", {"schedule": name}) for name in (
+        "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "zero_bubble", "zbv", "dual_pipe_v")),
+    *(Case("torch_tensor_parallel.py", {"how": how}) for how in ("by_dtensor", "no_sequence", "parallel_loss")),
 ]
 
 CASES = [*DEEPSPEED, *MEGATRON, *TORCH, *TORCHTITAN, *TRANSFORMERS]
