@@ -26,3 +26,18 @@ def parallel(ref):
 def test_a_value_that_python_made_of_nothing():
     report = verify(reference, parallel, ranks=1, steps=1)
     assert report.verdict == "PROVED", report.diagnostics
+
+
+def drawing(ref=None):
+    """An initialisation that draws nothing, as that of a shard without elements does."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    if ref is not None:
+        model.load_state_dict(ref.weights)
+    drawn = torch.nn.init.normal_(torch.empty(0, 3))
+    return training(model, ref.batch if ref is not None else {"x": torch.randn(4, 3)}, lambda: drawn)
+
+
+def test_nothing_that_is_drawn():
+    report = verify(drawing, drawing, ranks=1, steps=1)
+    assert report.verdict == "PROVED", report.diagnostics

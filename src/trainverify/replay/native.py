@@ -117,8 +117,9 @@ class NativeMemory:
 
     def _random(self, call: OpCall) -> None:
         for k, ref in enumerate(call.targets()):
-            raw = np.array(self.blobs[f"rng.{call.index}.{k}"], copy=True)
-            self.write(ref, torch.from_numpy(raw.view(np.uint8)).view(dtype_of(ref.dtype)).reshape(ref.size))
+            raw = np.array(self.blobs[f"rng.{call.index}.{k}"], copy=True).view(np.uint8)
+            drawn = torch.from_numpy(raw).view(dtype_of(ref.dtype)) if raw.size else torch.empty(0, dtype=dtype_of(ref.dtype))
+            self.write(ref, drawn.reshape(ref.size))
 
     def _op(self, name: str):
         got = self._ops.get(name)
