@@ -1,8 +1,10 @@
 """Apex's stand-ins against formulas in float64 and torch's optimizers, with gradients."""
 import pytest
 import torch
+import trainverify as tv
 from trainverify.adapters.standins import apex
 from trainverify.diagnostics import Fault
+from trainverify.verify import verify
 
 
 def made(*shape, seed=3):
@@ -102,3 +104,64 @@ def test_multi_tensor_ops():
 def test_what_is_not_covered_is_refused():
     with pytest.raises(Fault, match="master_weights"):
         apex.FusedAdam([made(2)], master_weights=True)
+
+
+# ---- a step with Apex against one without
+
+class Model(torch.nn.Module):
+    def __init__(self, norm, layer_norm):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+        self.norm, self.layer_norm = norm(6, eps=1e-5), layer_norm(3)
+
+    def forward(self, x):
+        return self.layer_norm(self.second(self.norm(self.first(x)).tanh()))
+
+
+def training(model, optimizer, clip, batch):
+    def step():
+        optimizer.zero_grad()
+        loss = (model(batch["x"]) - batch["y"]).square().mean()
+        loss.backward()
+        norm = clip([p.grad for p in model.parameters()])
+        optimizer.step()
+        return {"loss": loss, "norm": norm}
+    return tv.Training(model, step, batch=batch)
+
+
+ADAM = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+
+
+def reference():
+    torch.manual_seed(0)
+    model = Model(torch.nn.RMSNorm, torch.nn.LayerNorm)
+
+    def clip(grads):
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        for g in grads:
+            g.mul_(0.1 / (norm + 1e-6))
+        return norm
+    return training(model, torch.optim.AdamW(model.parameters(), **ADAM), clip, {"x": torch.randn(5, 4), "y": torch.randn(5, 3)})
+
+
+def fused(ref):
+    model = Model(apex.FusedRMSNorm, apex.FusedLayerNorm)
+    model.load_state_dict(ref.weights)
+    flag, applier = torch.zeros(1, dtype=torch.int32), apex.MultiTensorApply(65536)
+
+    def clip(grads):
+        norm, _ = applier(apex.multi_tensor_l2norm, flag, [grads], False)
+        applier(apex.multi_tensor_scale, flag, [grads, grads], 0.1 / (norm + 1e-6))
+        return norm[0]
+    return training(model, apex.FusedAdam(model.parameters(), **ADAM), clip, ref.batch)
+
+
+def test_a_step_with_apex_is_one_without():
+    report = verify(reference, fused, ranks=1)
+    # Apex counts steps in the parameter groups, where torch's optimizer has a state of each parameter.
+    assert {(o.verdict, o.reason) for o in report.outputs if o.name.endswith("::step")} == {("UNKNOWN", "no rank has it")}
+    assert [(o.kind, o.name, o.verdict, o.reason) for o in report.outputs if o.verdict != "PROVED" and not o.name.endswith("::step")] == [], report.diagnostics
+    assert {o.kind for o in report.outputs} >= {"scalar", "gradient", "parameter", "state"}
+    named = {a.text.split(" computes")[0].removeprefix("stand-in: ") for a in report.assumptions if a.places and __file__ in a.places[0]}
+    assert named == {"apex.normalization.FusedRMSNorm", "apex.normalization.FusedLayerNorm", "apex.optimizers.FusedAdam.step", "amp_C.multi_tensor_l2norm",
+                     "amp_C.multi_tensor_scale"}
