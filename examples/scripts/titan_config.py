@@ -25,30 +25,31 @@ from torchtitan.models.llama3 import (_EMBEDDING_INIT, _NORM_INIT, _build_llama3
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.trainer import Trainer
 
-VOCAB, LENGTH, DIM, HEADS, KV_HEADS, HIDDEN = 40, 8, 24, 4, 2, 20
+ROWS, VOCAB, LENGTH, DIM, HEADS, KV_HEADS, HIDDEN = 6, 40, 8, 24, 4, 2, 20
 
 
 class RandomTokens(BaseDataLoader):
-    """Rows of random tokens, the same ones on any number of ranks; rows have different numbers of labels that count."""
+    """Rows of random tokens, the same ones for any split of a step over ranks and microbatches; rows have different
+    numbers of labels that count."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         seed: int = 1
 
     def __init__(self, config, *, dp_world_size, dp_rank, local_batch_size, **unused):
-        self.seed, self.rows, self.mine = config.seed, local_batch_size * dp_world_size, dp_rank * local_batch_size
-        self.batch = local_batch_size
+        self.seed, self.degree, self.rank, self.rows = config.seed, dp_world_size, dp_rank, local_batch_size
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed)
+        positions = torch.arange(LENGTH).expand(self.rows, -1)
         while True:
-            tokens = torch.randint(VOCAB, (self.rows, LENGTH + 1), generator=generator)
+            tokens = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=generator)
             labels = tokens[:, 1:].clone()
-            for row in range(self.rows):
+            for row in range(ROWS):
                 labels[row, : row % 4] = IGNORE_INDEX
-            rows = slice(self.mine, self.mine + self.batch)
-            positions = torch.arange(LENGTH).expand(self.batch, -1)
-            yield {"input": tokens[rows, :-1], "positions": positions}, labels[rows]
+            for part in range(self.rank, ROWS // self.rows, self.degree):
+                mine = slice(part * self.rows, (part + 1) * self.rows)
+                yield {"input": tokens[mine, :-1], "positions": positions}, labels[mine]
 
     def state_dict(self):
         return {}
@@ -93,7 +94,7 @@ def tiny_llama3():
     config = Trainer.Config(
         model_spec=spec, loss=ChunkedLossWrapper.Config(num_chunks=4, loss_fn=CrossEntropyLoss.Config(global_vocab_size=VOCAB)),
         optimizer=default_adamw(lr=1e-2), lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0),
-        training=TrainingConfig(local_batch_size=6, seq_len=LENGTH, steps=10, max_norm=0.5, mixed_precision_param="float32",
+        training=TrainingConfig(local_batch_size=ROWS, seq_len=LENGTH, steps=10, max_norm=0.5, mixed_precision_param="float32",
                                 disable_cuda_graphs=True),
         dataloader=RandomTokens.Config(), tokenizer=NoTokenizer.Config(), metrics=MetricsProcessor.Config(log_freq=1),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),

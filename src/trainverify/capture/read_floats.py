@@ -1,5 +1,5 @@
-"""Floats that a script reads from tensors: their names, and which of them both sides have (trusted: a float is left out or compared, never renamed after
-it is known what it is).
+"""Floats that a script reads from tensors: their names, and which of them both sides have; and whether both read the same data (trusted: a float is left
+out or compared, never renamed after it is known what it is).
 
 A script returns nothing, but it prints and logs. What it reads with item(), float() or a format is named by the expression that it is read from
 (`loss.detach().item()` is "loss"); the second one of that name in a step is "loss#2". A name is compared where both sides read it equally often
@@ -19,6 +19,7 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.ir.files import save_program
 from trainverify.ir.trace import OpCall, Program, Trace
 
+ROWS = "rows"                                  # blob: (length, crc32) of the rows of integers that modules were given
 _SAME_VALUE = frozenset({"item", "detach", "cpu", "cuda", "float", "double", "clone", "squeeze", "full_tensor", "to_local", "contiguous", "numpy", "data"})
 
 
@@ -78,7 +79,20 @@ def settle(scripts: Any, reference: Program, parallel: Program, folder: Path) ->
                 call.kwargs["alone"] = True
     for program, side in ((reference, "reference"), (parallel, "parallel")):
         save_program(program, folder / side)
-    return tuple(Diagnostic("SCRIPT006", f"not compared: {name} ({_steps(steps)}): {why}", "note") for (name, why), steps in sorted(left.items()))
+    return other_data(reference, parallel) + tuple(Diagnostic("SCRIPT006", f"not compared: {name} ({_steps(steps)}): {why}", "note") for (name, why), steps in sorted(left.items()))
+
+
+def other_data(reference: Program, parallel: Program) -> tuple[Diagnostic, ...]:
+    """Whether ranks give their modules rows of integers that the reference never has, though it has others of that length."""
+    known = {tuple(row) for row in reference.blobs[0].get(ROWS, ())}
+    lengths = {length for length, _ in known}
+    found = {trace.rank: [row for row in blobs.get(ROWS, ()) if row[0] in lengths and tuple(row) not in known] for trace, blobs in zip(parallel.traces, parallel.blobs)}
+    ranks = tuple(rank for rank, rows in found.items() if rows)
+    if not ranks:
+        return ()
+    most = max(map(len, found.values()))
+    return (Diagnostic("SCRIPT008", f"the parallel script reads other data than the reference: up to {most} rows of integers on a rank are none of the reference's", "warning",
+                       ranks=ranks, fix="Make both read the same samples in a step: by seeds, samplers and batch sizes."),)
 
 
 def _read(trace: Trace) -> dict[tuple[int, str], list[OpCall]]:

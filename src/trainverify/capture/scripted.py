@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from trainverify.api import Training
 from trainverify.capture import read_floats
+from trainverify.capture.digest import crc
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.placing import place_tags, unwrapped
 from trainverify.capture.quiet import unseen
@@ -57,6 +59,7 @@ class _Run:
         self.read: dict[str, Any] = {}         # floats of this step, by name
         self.result: bytes | None = None
         self.fault: Fault | None = None        # of ours, which no handler of the script may take for its own
+        self._rows: set[tuple[int, int]] = set()
         self._calls, self._clock = 0, 0.0
 
     # ---- the whole
@@ -121,11 +124,19 @@ class _Run:
     # ---- what happens in the script
     def _forward(self, module: torch.nn.Module, args) -> None:
         self._stop_again()
+        self._note_rows(args)
         if (self.step and not self.stepped) or self.recorder.spans.optimizers or not (self.step or self.outputs.optimizers):
             return
         if torch._C._get_dispatch_mode(_FAKE) is not None or not any(p.requires_grad and not p.is_meta for p in module.parameters()):
             return
         self._move(self._boundary if self.step else self._begin)
+
+    def _note_rows(self, args: tuple) -> None:
+        """Remember the rows of integers that modules are given: token ids are such, and both sides must read the same."""
+        for t in args:
+            if isinstance(t, torch.Tensor) and t.dim() == 2 and t.dtype in (torch.int32, torch.int64) and type(t) is torch.Tensor and not t.is_meta:
+                with unseen():
+                    self._rows.update((t.shape[1], crc([row.to(torch.int64)])) for row in t)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         self._stop_again()
@@ -196,6 +207,7 @@ class _Run:
         self.outputs.after_step(self.read)
         self.outputs.parameters()
         self.outputs.end()
+        self.recorder.blobs[read_floats.ROWS] = np.array(sorted(self._rows), dtype=np.int64).reshape(-1, 2)
         self.session.stepped = len(self.recorder.ops) - self._calls, time.process_time() - self._clock
         self.result = self.end()
 

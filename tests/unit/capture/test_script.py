@@ -3,16 +3,19 @@ import os
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from capture.check import replayed
 from trainverify.capture.options import CaptureOptions
+from trainverify.capture.read_floats import ROWS, other_data
 from trainverify.capture.script import Command, Scripts, load_scripts, parse_command, parse_scripts
 from trainverify.capture.scripted import live_models
 from trainverify.capture.session import capture
 from trainverify.diagnostics import Fault
+from trainverify.ir.trace import Program, Trace
 
 # A script as they are: a loop, data by seed, a loss that is printed. What tests vary stands in its arguments.
 TRAIN = textwrap.dedent('''
@@ -175,6 +178,33 @@ def test_floats_that_one_side_reads(folder):
         ("SCRIPT006", "note", "not compared: mean.sqrt() (steps 1, 2): only the reference script reads it")]
     assert {n for n, _ in outputs(captured.reference.traces[0], "scalar")} == {"mean", "mean#2"}
     assert all(c.kwargs == {"alone": True} for c in captured.parallel.traces[0].ops if c.name == "tv.output" and c.args[0] == "scalar")
+
+
+def test_other_data():
+    def program(side, *ranks):
+        return Program([Trace(side, r, len(ranks)) for r in range(len(ranks))], [{ROWS: np.array(rows, dtype=np.int64).reshape(-1, 2)} for rows in ranks])
+
+    reference = program("reference", [(8, 1), (8, 2), (8, 3)])
+    assert other_data(reference, program("parallel", [(8, 1)], [(8, 2), (8, 3), (4, 7)], [])) == ()
+    (warning,) = other_data(reference, program("parallel", [(8, 1)], [(8, 5), (8, 6), (8, 1)]))
+    assert (warning.code, warning.severity, warning.ranks) == ("SCRIPT008", "warning", (1,)) and "up to 2 rows" in warning.message
+
+
+def test_other_data_of_a_script(folder):
+    (folder / "tokens.py").write_text(textwrap.dedent('''
+        import os, sys, torch
+        from torch import nn
+        rank, world, rows = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(sys.argv[1])
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            tokens = torch.randint(9, (rows * world, 4), generator=torch.Generator().manual_seed(step))
+            model(tokens[rank::world]).sum().backward()
+            optimizer.step()
+    '''))
+    assert codes(run("tokens.py 4", "tokens.py 2", 2)) == []
+    assert codes(run("tokens.py 4", "tokens.py 4", 2)) == ["SCRIPT008"]
 
 
 @pytest.mark.slow
