@@ -36,6 +36,7 @@ class Classes:
     layouts: dict[Where, Layout]
     unruled: dict[str, str] = field(default_factory=dict)      # operations without a rule -> where
     computed: set[int] = field(default_factory=set)            # spaces that some dimension of a float tensor ranges over
+    unread: set[tuple[str, int, int]] = field(default_factory=set)       # (side, rank, call): calls on integers whose arguments and results are not linked
 
     @property
     def spaces(self) -> Spaces:
@@ -74,8 +75,11 @@ def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meet
                 classes.computed.update(layout.dims(ref))
         if call.collective is not None:
             meetings.add(layout, call)
-        elif not call.name.startswith("tv.") and (began or not is_integer_only(call)):
-            _apply(classes, layout, call, table)
+        elif not call.name.startswith("tv."):
+            if began or not is_integer_only(call):
+                _apply(classes, layout, call, table)
+            else:
+                classes.unread.add((*layout.where, call.index))
         if not call.name.startswith(BUNDLES):
             classes.notes.meets.append(tuple(dict.fromkeys(s for ref in references(call) for s in layout.dims(ref) if s != ONE)))
 
@@ -90,7 +94,7 @@ def _apply(classes: Classes, layout: Layout, call: OpCall, table: OpTable) -> No
         except (Undecoded, Conflict) as e:
             why = f"{call.name}: {e}"
     elif is_integer_only(call):
-        return                                # its result is taken from the recorded program
+        return classes.unread.add((*layout.where, call.index))
     else:
         classes.unruled.setdefault(call.name, str(f.span or ""))
     for ref in references(call):

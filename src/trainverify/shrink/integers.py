@@ -228,11 +228,6 @@ def look(classes: Classes, values: Values, kept: Kept, table) -> Full:
     return full
 
 
-def data_dependent(call: OpCall) -> bool:
-    """Operations on integers that are not executed again: their results, or how many there are, come from the recorded program."""
-    return base(call.name) not in MOVES
-
-
 def check_sizes(classes: Classes, full: Full) -> None:
     """How many elements floats choose must not be a size."""
     for (side, rank), layout in classes.layouts.items():
@@ -243,4 +238,4 @@ def check_sizes(classes: Classes, full: Full) -> None:
                               "verify without --reduce, or give the routing as data", layout.span(call))
 
 
-__all__ = ["Full", "Sequence", "Values", "Watcher", "check_sizes", "data_dependent", "locate", "look", "places", "tensors"]
+__all__ = ["Full", "Sequence", "Values", "Watcher", "check_sizes", "locate", "look", "places", "tensors"]

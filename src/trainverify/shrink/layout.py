@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from trainverify.diagnostics import Span
 from trainverify.ir.trace import OpCall, Program, TensorRef, inputs, tensors
 from trainverify.shrink.spaces import Kept, Spaces
@@ -194,8 +196,26 @@ class Layout:
                 stride[k] = natural if ref.stride[k] else 0
         return TensorRef(ref.storage, offset, size, tuple(stride), ref.dtype)
 
+    def restricts(self, ref: TensorRef, small: TensorRef, kept: Kept) -> bool:
+        """Whether `small` addresses, among the kept elements of the storage, exactly the recorded reference's elements at the kept indices."""
+        if not ref.numel:
+            return not small.numel
+        if small.size != tuple(kept.count(s) for s in self.dims(ref)):
+            return False
+        old = _addresses(ref.offset, [kept.indices(s) for s in self.dims(ref)], ref.stride)
+        new = _addresses(small.offset, [np.arange(n) for n in small.size], small.stride)
+        elements = kept.indices(self.storages[ref.storage])
+        return int(new.max()) < len(elements) and bool((elements[new] == old).all())
+
     def nbytes(self, sid: int, kept: Kept) -> int:
         return kept.count(self.storages[sid]) * self.items[sid] if sid in self.storages else self.trace.storages[sid].nbytes
+
+
+def _addresses(offset: int, indices: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
+    at = np.full(1, offset, dtype=np.int64)
+    for mine, stride in zip(indices, strides):
+        at = (at[:, None] + np.asarray(mine, dtype=np.int64) * stride).reshape(-1)
+    return at
 
 
 def _row_major(size: tuple[int, ...]) -> tuple[int, ...]:

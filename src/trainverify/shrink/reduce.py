@@ -14,7 +14,7 @@ from trainverify.replay.machine import Hooks, Machine
 from trainverify.replay.run import World, replay
 from trainverify.shrink.classes import Classes, read, refusal
 from trainverify.shrink.integers import Full, Values, check_sizes, look
-from trainverify.shrink.layout import references
+from trainverify.shrink.layout import item, references
 from trainverify.shrink.rewrite import Rewriter
 from trainverify.shrink.solve import LEAST, Sizes, atoms_of, problem, solve
 from trainverify.shrink.spaces import Kept
@@ -61,6 +61,10 @@ def reduce_programs(reference: Program, parallel: Program, table: OpTable, base:
         made = [Rewriter(classes, classes.layouts[(side, rank)], kept, values, full).program() for rank in range(len(program.traces))]
         programs[side] = Program([t for t, _ in made], [b for _, b in made])
         well_formed(programs[side])
+    for layout in classes.layouts.values():
+        for ref in layout.views:
+            if item(ref.dtype) == layout.items.get(ref.storage) and not layout.restricts(ref, layout.reduced(ref, kept), kept):
+                raise AssertionError(f"{layout.where}: {ref} at the reduced sizes is not its restriction: {layout.reduced(ref, kept)}")
     for program in programs.values():
         execute(program, table)
     return Reduced(programs["reference"], programs["parallel"], classes, kept, sizes, len(full.truths))
@@ -89,10 +93,11 @@ def _settled(classes: Classes, values: Values, table: OpTable, base: int, progre
         progress("reduce", "sizes")
         kept, sizes = sized(classes, base, required)
         full = look(classes, values, kept, table)
-        for space, call in full.chosen:
+        chosen = {classes.spaces.find(s): call for s, call in full.chosen if kept.count(s) < classes.spaces.size(s)}
+        for space, call in chosen.items():
             classes.spaces.pin(space, f"{call.name} takes indices of it that floats chose")
         wanted = {a: required.get(a, set()) | full.required.get(a, set()) for a in {*required, *full.required}}
-        if not full.chosen and all(set(v) <= set(kept.indices(a).tolist()) for a, v in wanted.items()):
+        if not chosen and all(set(v) <= set(kept.indices(a).tolist()) for a, v in wanted.items()):
             return kept, sizes, full
         required = wanted
     raise refusal("SHAPE003", "the indices that occur need more and more sizes", "verify without --reduce")
@@ -136,10 +141,16 @@ def execute(program: Program, table: OpTable) -> World:
         if call.name.startswith("tv.scalar."):
             _scalar(machine, call)
 
+    last: list[tuple[Machine, OpCall]] = []
+
+    def before(machine: Machine, call: OpCall) -> None:
+        last[:] = [(machine, call)]
+
     try:
-        return replay(program, [], table, Hooks(after=(after,)))
+        return replay(program, [], table, Hooks(before=(before,), after=(after,)))
     except (RuntimeError, IndexError, ValueError, ReplayError) as e:
-        raise refusal("SHAPE003", f"a call of the reduced program cannot be executed: {e}", "verify without --reduce, and report this") from e
+        name, span = (last[0][1].name, last[0][0].span(last[0][1])) if last else ("a call", None)
+        raise refusal("SHAPE003", f"{name} cannot be executed at the reduced sizes: {e}", "verify without --reduce, and report this", span) from e
 
 
 def _scalar(machine: Machine, call: OpCall) -> None:

@@ -13,7 +13,7 @@ import torch
 from trainverify.ir.trace import Arg, Collective, Name, OpCall, Sequence, Storage, TensorRef, Trace, tensors
 from trainverify.shrink.classes import Classes, is_float, is_integer_only, refusal, row_pieces
 from trainverify.shrink.counts import Written, _with
-from trainverify.shrink.integers import Full, Values, data_dependent, places
+from trainverify.shrink.integers import MOVES, Full, Values, places
 from trainverify.shrink.layout import Layout, item
 from trainverify.shrink.rules import base
 from trainverify.shrink.spaces import Kept
@@ -73,7 +73,7 @@ class Rewriter:
         if call.name.startswith("tv."):
             return self._add(after)
         key = (*self.layout.where, call.index)
-        if not call.rng and key in self.full.truths and is_integer_only(call) and data_dependent(call):
+        if not call.rng and key in self.full.truths and is_integer_only(call) and (key in self.classes.unread or base(call.name) not in MOVES):
             return self._recorded(call, after, self.full.truths[key])
         if base(call.name) == "arange" and is_float(call.targets()[0]):
             return self._arange(call, after)
@@ -91,13 +91,14 @@ class Rewriter:
 
     def _recorded(self, call: OpCall, after: OpCall, truths: list) -> None:
         """Integers as the recorded program has them. The call itself stays where it can: it shows who reads what."""
-        if base(call.name) in EXECUTED:
+        executed = base(call.name) in EXECUTED and (*self.layout.where, call.index) not in self.classes.unread
+        if executed:
             self._add(after)
         for before, ref, t in zip(call.targets(), after.targets(), truths):
             if tuple(t.shape) != ref.size:
                 raise AssertionError(f"{call.name}: {tuple(t.shape)} values for a tensor of sizes {ref.size}")
             source = self.data(t)
-            if base(call.name) in EXECUTED or before in call.writes:
+            if executed or before in call.writes:
                 self._add(_with(call, name="aten.copy_.default", args=(ref, source), kwargs={}, outs=ref, writes=(ref,)))
             else:
                 self._add(_with(call, name="aten.clone.default", args=(source,), kwargs={}, outs=ref, writes=()))

@@ -477,6 +477,7 @@ def _attention(f: Facts, q, k, v, causal, mask) -> None:
     f.same(q[0], k[0])
     f.same(q[3], k[3])
     f.alike(k[:3], v[:3])
+    f.same(q[3], v[3])                        # the kernel has one head size
     heads, shared = f.spaces.size(q[1]), f.spaces.size(k[1])
     if heads % shared:
         raise Undecoded("a number of query heads that is no multiple of the number of key heads")

@@ -43,7 +43,7 @@ def problem(classes: Classes, required: dict[int, int], base: int = LEAST) -> Pr
     """required: atoms whose values are indices that occur: at least so many. base: the least size of every class."""
     s = classes.spaces
     full = {a for p in s.pins for a in s.atoms(p.space)}
-    reachable = {a for d in classes.computed for a in s.atoms(d)}
+    reachable = {ONE, *(a for d in classes.computed for a in s.atoms(d))}
     full |= {a for a in atoms_of(classes) if a not in reachable}
     least = {a: min(s.size(a), max(base, required.get(a, 0))) for a in atoms_of(classes)}
     equal, smaller = [], []
@@ -52,7 +52,8 @@ def problem(classes: Classes, required: dict[int, int], base: int = LEAST) -> Pr
     for r in s.roots():
         form = s.form(r)
         if form is not None and form.kind == CAT:
-            _siblings(s, [p for p in dict.fromkeys(s.flat(r)) if s.size(p) > 1], equal, smaller)
+            live = [p for p in dict.fromkeys(s.flat(r)) if s.size(p) > 1 and reachable.issuperset(s.atoms(p))]      # the others nobody computes with
+            _siblings(s, live, equal, smaller)
     distinct, wished = _meetings(classes)
     return Problem(full, least, list(dict.fromkeys(equal)), list(dict.fromkeys(smaller)), distinct, wished)
 
