@@ -25,7 +25,7 @@ from trainverify.replay.machine import Hooks
 from trainverify.replay.run import replay
 from trainverify.report.model import Finding, Repair
 
-CANNOT_RUN = (ReplayError, RuntimeError, ValueError, IndexError, Fault)   # what an edit that does not fit the program makes of a replay
+CANNOT_RUN = (ReplayError, RuntimeError, ValueError, LookupError, ArithmeticError, Fault)   # what an edit that does not fit the program makes of a replay
 MOST_TRIALS = 12                              # field replays in one run, over all findings
 
 
