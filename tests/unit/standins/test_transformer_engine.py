@@ -127,7 +127,8 @@ def test_a_bias_on_the_scores():
 @pytest.mark.parametrize("call", [
     lambda: te.fp8_autocast(enabled=True), lambda: te.Linear(4, 4, delay_wgrad_compute=True), lambda: te.DotProductAttention(2, 4, attention_dropout=0.1),
     lambda: te.modules()["transformer_engine.common.recipe"]["DelayedScaling"](), lambda: te.Linear(4, 4).set_extra_state(torch.ones(1)),
-    lambda: te.FusedAdam([made(2)], store_param_remainders=True)])
+    lambda: te.FusedAdam([made(2)], store_param_remainders=True),
+    lambda: te.DotProductAttention(1, 4, window_size=(1, 0))(made(2, 1, 1, 4), made(3, 1, 1, 4), made(3, 1, 1, 4))])
 def test_what_is_not_covered_is_refused(call):
     with pytest.raises(Fault, match="STAND002"):
         call()

@@ -124,6 +124,8 @@ def _seen(mask_type: str, window: tuple[int, int], rows: Tensor, columns: Tensor
     seen = None
     if "causal" in mask_type:
         right = 0
+    if (left >= 0 or (right >= 0 and "causal" not in mask_type)) and len(rows) != len(columns) and int(rows.max()) != int(columns.max()):
+        refuse(f"{NAME}: a window over {len(columns)} keys for {len(rows)} queries")       # which corner it starts from depends on the kernel
     if left >= 0 or right >= 0:
         seen = torch.ones(len(rows), len(columns), dtype=torch.bool)
         seen = seen & (j >= i + shift - left) if left >= 0 else seen
