@@ -63,6 +63,17 @@ def test_masks_that_depend_on_symbols(op):
     assert torch.equal(m.to_float(got), call.targets[0].double())
 
 
+@pytest.mark.parametrize("op", [aten.any, aten.all])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,)])
+def test_truth_of_nothing(op, shape):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for overload, more in [(op.default, ()), *[(op.dim, (d, keep)) for d in range(len(shape)) for keep in (False, True)]]:
+        _, call = execute(overload, [mask, *more], {})
+        m = Real()
+        (got,) = evaluate(m, TABLE(), call, [m.data(mask), *more], {})
+        assert torch.equal(m.to_float(got), call.targets[0].double())
+
+
 @pytest.mark.parametrize("name,kind", [("max", "argmax"), ("min", "argmin")])
 def test_positions_are_decisions(name, kind):
     """One choice per row of the operand's last dimension; the values do not depend on it."""

@@ -162,16 +162,23 @@ def _truths(m, x, ctx):
     return lift(m, x) if mask else m.compare("ne", lift(m, x), m.const(0))
 
 
+def _truth_over(m, extreme, x, dim, keepdim, of_nothing: int):
+    dims = {d % len(x.shape) for d in dims_of(dim, len(x.shape))} if x.shape else ()
+    if 0 not in (x.shape[d] for d in dims):
+        return extreme(m, x, dim, keepdim)
+    return m.const(of_nothing, tuple(1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims))
+
+
 @rows("aten.any", source="torch.any", ctx=True)
 def any(m, self, dim=None, keepdim=False, *, ctx):
-    """The largest truth value"""
-    return amax(m, _truths(m, self, ctx), dim, keepdim)
+    """The largest truth value; of nothing: false"""
+    return _truth_over(m, amax, _truths(m, self, ctx), dim, keepdim, 0)
 
 
 @rows("aten.all", source="torch.all", ctx=True)
 def all(m, self, dim=None, keepdim=False, *, ctx):
-    """The smallest truth value"""
-    return amin(m, _truths(m, self, ctx), dim, keepdim)
+    """The smallest truth value; of nothing: true"""
+    return _truth_over(m, amin, _truths(m, self, ctx), dim, keepdim, 1)
 
 
 # ---- norms
