@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: ZeRO stage 1, 2 or 3, two microbatches per step, gradients clipped; the reference is plain PyTorch.
+"""DeepSpeed's engine: ZeRO stage 1, 2 or 3, three microbatches per step, gradients clipped; the reference is plain PyTorch.
 
 DeepSpeed averages gradients over ranks and microbatches, so that each microbatch's loss counts its share of all tokens
 times the number of shares.
@@ -38,10 +38,16 @@ def clip(parameters, max_norm):
     return norm
 
 
+def groups(model):
+    """Weight decay for matrices only."""
+    return [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+
+
 def reference():
     torch.manual_seed(0)
     model = Llama(CONFIG)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
     batch = random_batch(rows=12, length=7, vocab=CONFIG.vocab)
 
     def step():
@@ -61,7 +67,7 @@ def settings(stage):
         "gradient_accumulation_steps": MICROBATCHES,
         "gradient_clipping": MAX_NORM,
         "zero_optimization": {"stage": stage, **BUCKETS, **(SHARDS if stage == 3 else {})},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     }
 
 
@@ -70,7 +76,7 @@ def parallel(ref, stage):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Llama(CONFIG)
     model.load_state_dict(ref.weights)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings(stage), dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups(model), config=settings(stage), dist_init_required=False)
     tokens, labels = (ref.batch[k].chunk(world)[rank] for k in ("tokens", "labels"))
     parts = list(zip(tokens.chunk(MICROBATCHES), labels.chunk(MICROBATCHES)))
 

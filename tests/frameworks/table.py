@@ -66,8 +66,14 @@ TORCHTITAN = [
     Case("torchtitan_llama3.py", {"tp": 2}, quick=True),
     Case("torchtitan_llama3.py", {"dp": 2, "tp": 2}, ranks=4),
     Case("torchtitan_llama3.py", {"pp": 2}),
+    Case("torchtitan_llama3.py", {"pp": 2, "schedule": "Interleaved1F1B"}),
     Case("torchtitan_llama3.py", {"dp": 2, "accumulate": 3}),
+    Case("torchtitan_llama3.py", {"dp": 2, "flex": True, "recompute": True}),
     Case("torchtitan_deepseek_v3.py", {"dp": 2, "ep": 2}, quick=True),
+    Case("torchtitan_deepseek_v3.py", {"dp": 4, "ep": 2}, ranks=4),
+    Case("torchtitan_deepseek_v3.py", {"tp": 2, "ep": 2}, expected="UNKNOWN",
+         why="equal in the field: each rank's share of the gradients goes through the backward of the latent norms before they are summed, "
+             "and the shares' terms are longer than the proof writes out"),
     Case("wrong/torchtitan_tokens_not_summed.py", expected="REFUTED", place=("torchtitan/components/loss.py", "loss = loss / global_valid_tokens"), quick=True),
 ]
 
@@ -94,7 +100,8 @@ TORCH = [
         "bucket_view", "checkpointed", "checkpointed_reentrant", "zero", "fsdp1_original", "fsdp1_flat", "fsdp1_accumulate", "fsdp1_mixed",
         "fsdp2_keep", "fsdp2_mixed", "fsdp2_accumulate")),
     Case("torch_data_parallel.py", {"how": "hsdp"}, ranks=4),
-    *(Case("torch_optimizers.py", {"how": how}) for how in ("foreach", "fused", "sharded")),
+    Case("torch_optimizers.py", {"how": "foreach"}, expected="UNKNOWN", why="NAdam divides by the root of its bias correction, an irrational number that Python computes; the ten others are proved"),
+    *(Case("torch_optimizers.py", {"how": how}) for how in ("fused", "sharded")),
     *(Case("torch_pipelining.py", {"schedule": name}) for name in (
         "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "zero_bubble", "zbv", "dual_pipe_v")),
     *(Case("torch_tensor_parallel.py", {"how": how}) for how in ("by_dtensor", "no_sequence", "parallel_loss")),
