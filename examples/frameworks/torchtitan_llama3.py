@@ -7,7 +7,8 @@ from torchtitan.models.llama3 import _EMBEDDING_INIT, _NORM_INIT, _build_llama3_
 from torchtitan.models.llama3.model import Llama3Model
 
 RANKS = lambda dp=1, tp=1, pp=1, accumulate=1, schedule="", flex=False, recompute=False: dp * tp * pp
-CASES = [{"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2}, {"dp": 2, "accumulate": 3}]
+CASES = [{"dp": 2}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2}, {"pp": 2, "schedule": "Interleaved1F1B"}, {"dp": 2, "accumulate": 3},
+         {"dp": 2, "flex": True, "recompute": True}]
 DIM, HEADS, KV_HEADS, HIDDEN = 24, 4, 2, 20
 ROWS = 6
 
