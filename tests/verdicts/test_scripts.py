@@ -32,6 +32,8 @@ TRAIN = textwrap.dedent('''
         dist.all_reduce(mean)
         if rank == 0 and "mean" in sys.argv:
             print((mean / world).item())
+        if "placeholder" in sys.argv:
+            print((mean / world if rank == world - 1 else mean - 1).item())
         if rank == 0 and "first" in sys.argv or "every" in sys.argv:
             print(loss.item())
 ''')
@@ -63,6 +65,13 @@ def test_a_loss_that_only_rank_0_prints(verdicts):
 def test_a_loss_that_is_a_share(verdicts, arguments, more, verdict):
     report, held = verdicts(arguments, **more)
     assert (report.verdict, held.get(("scalar", "loss"))) == (verdict, None if "skip" in more else verdict)
+
+
+@pytest.mark.slow
+def test_a_number_that_stands_for_a_loss_elsewhere(verdicts):
+    """As a pipeline's first rank prints -1."""
+    report, held = verdicts("placeholder")
+    assert [v for (kind, _), v in held.items() if kind == "scalar"] == ["UNKNOWN"] and [d.code for d in report.diagnostics] == ["REL006"]
 
 
 @pytest.mark.slow

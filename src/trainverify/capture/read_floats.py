@@ -63,7 +63,7 @@ def _value(node: ast.expr) -> ast.expr:
 # ---- both sides
 
 def settle(scripts: Any, reference: Program, parallel: Program, folder: Path) -> tuple[Diagnostic, ...]:
-    """Leave out the floats that the sides do not read alike, say which, and mark those that only some ranks read."""
+    """Leave out the floats that the sides do not read alike, say which, and mark the others: a verdict must know which ranks read them."""
     theirs = [_read(t) for t in parallel.traces]
     mine = _read(reference.traces[0])
     left: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -74,9 +74,9 @@ def settle(scripts: Any, reference: Program, parallel: Program, folder: Path) ->
             left[name, why].add(step)
             for call in (c for calls in (mine[step, name], *held) for c in calls):
                 call.name, call.args, call.kwargs = "tv.escape", ("item", call.args[3]), {}
-        elif len(held) < len(theirs):
+        else:
             for call in (c for calls in held for c in calls):
-                call.kwargs["alone"] = True
+                call.kwargs["read"] = "all" if len(held) == len(theirs) else "some"
     for program, side in ((reference, "reference"), (parallel, "parallel")):
         save_program(program, folder / side)
     return other_data(reference, parallel) + tuple(Diagnostic("SCRIPT006", f"not compared: {name} ({_steps(steps)}): {why}", "note") for (name, why), steps in sorted(left.items()))

@@ -91,8 +91,8 @@ def _judge_one(c: Compared, again: Compared | None, threshold: float, blocked: l
         how = _is_share(c)
         return Judgement(c, "UNKNOWN", "REL006", f"rank-local scalar: the {how} over the ranks is the reference's; "
                          f"declare it with tv.local(x, reduce=\"{how}\")", wrongs)
-    if wrongs and c.reference.kind == "scalar" and any(p.recorded.call.kwargs.get("alone") for p in c.pieces):
-        return Judgement(c, "UNKNOWN", "REL006", "differs, and only some ranks read it: it may be their share", wrongs)
+    if wrongs and (why := _may_be_a_share(c, len(wrongs))):
+        return Judgement(c, "UNKNOWN", "REL006", why, wrongs)
     distrusted = sorted(DISTRUSTED & set(blocked))
     if wrongs and distrusted:
         return Judgement(c, "UNKNOWN", distrusted[0], f"differs in the replay, but see {', '.join(distrusted)}")
@@ -154,6 +154,16 @@ def _is_share(c: Compared) -> str:
     for how, got in (("mean", sum(values) / len(values)), ("sum", sum(values))):
         if abs(got - ref) <= 1e-9 * max(abs(ref), 1e-30):
             return how
+    return ""
+
+
+def _may_be_a_share(c: Compared, wrongs: int) -> str:
+    """Why a float that a script reads, and that differs, may be no output at all: scripts print what they like on each rank."""
+    read = c.pieces[0].recorded.call.kwargs.get("read") if c.pieces else None
+    if read == "some":
+        return "differs, and only some ranks read it: it may be their share"
+    if read and wrongs < len(c.pieces):
+        return "differs on some ranks, and on others equals the reference's: they may not all mean the same by it"
     return ""
 
 

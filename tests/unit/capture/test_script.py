@@ -177,7 +177,7 @@ def test_floats_that_one_side_reads(folder):
         ("SCRIPT006", "note", "not compared: loss (steps 1, 2): only the parallel script reads it"),
         ("SCRIPT006", "note", "not compared: mean.sqrt() (steps 1, 2): only the reference script reads it")]
     assert {n for n, _ in outputs(captured.reference.traces[0], "scalar")} == {"mean", "mean#2"}
-    assert all(c.kwargs == {"alone": True} for c in captured.parallel.traces[0].ops if c.name == "tv.output" and c.args[0] == "scalar")
+    assert all(c.kwargs == {"read": "some"} for c in captured.parallel.traces[0].ops if c.name == "tv.output" and c.args[0] == "scalar")
 
 
 def test_other_data():
@@ -212,7 +212,7 @@ def test_floats_that_are_shares_or_skipped(folder):
     captured = run("train.py --local", "train.py --rows 3 --local --load {checkpoint}", 2, local=["loss=mean"], skip=["mean"])
     assert codes(captured) == ["SCRIPT006"] and captured.diagnostics[0].message == "not compared: mean (steps 1, 2): --skip"
     declared = [c.kwargs for t in captured.parallel.traces for c in t.ops if c.name == "tv.output" and c.args[0] == "scalar"]
-    assert declared == [{"declare": "mean"}] * 4
+    assert declared == [{"declare": "mean", "read": "all"}] * 4
 
 
 def test_weights_are_placed(folder):
