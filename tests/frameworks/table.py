@@ -46,6 +46,7 @@ MEGATRON = [
     Case("megatron_gpt.py", {"tp": 2}),
     Case("megatron_gpt.py", {"tp": 2, "pp": 2}, ranks=4),
     Case("megatron_gpt.py", {"tp": 2, "sp": True}),
+    Case("megatron_grouped_experts.py", {"dp": 2, "ep": 2}),
     Case("megatron_moe.py", {"dp": 2, "ep": 2}, quick=True),
     Case("megatron_moe.py", {"dp": 2, "pp": 2, "ep": 2}, ranks=4),
     Case("megatron_moe.py", {"dp": 2, "tp": 2, "sp": True, "ep": 2, "distributed_optimizer": True}, ranks=4),

@@ -10,7 +10,7 @@ import pytest
 from table import CASES, Case
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 300                                   # seconds; a hang, not a figure
+LIMIT = 600                                   # seconds; a hang, not a figure
 
 pytestmark = pytest.mark.frameworks
 

@@ -65,7 +65,7 @@ def batch(length=LENGTH):
 
 def model_of(cfg, length, tied=False, engine=False):
     layers = get_gpt_layer_with_transformer_engine_spec if engine else partial(get_gpt_layer_local_spec, normalization="RMSNorm")
-    return GPTModel(cfg, layers(num_experts=cfg.num_moe_experts), vocab_size=VOCAB, max_sequence_length=length, pre_process=parallel_state.is_pipeline_first_stage(),
+    return GPTModel(cfg, layers(num_experts=cfg.num_moe_experts, moe_grouped_gemm=cfg.moe_grouped_gemm), vocab_size=VOCAB, max_sequence_length=length, pre_process=parallel_state.is_pipeline_first_stage(),
                     post_process=parallel_state.is_pipeline_last_stage(), position_embedding_type="rope", share_embeddings_and_output_weights=tied)
 
 
