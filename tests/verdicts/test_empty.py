@@ -34,7 +34,7 @@ def drawing(ref=None):
     model = torch.nn.Linear(3, 2)
     if ref is not None:
         model.load_state_dict(ref.weights)
-    drawn = torch.nn.init.normal_(torch.empty(0, 3))
+    drawn = torch.nn.init.trunc_normal_(torch.empty(0, 3))
     return training(model, ref.batch if ref is not None else {"x": torch.randn(4, 3)}, lambda: drawn)
 
 
