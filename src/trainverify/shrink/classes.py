@@ -36,6 +36,7 @@ class Classes:
     layouts: dict[Where, Layout]
     unruled: dict[str, str] = field(default_factory=dict)      # operations without a rule -> where
     computed: set[int] = field(default_factory=set)            # spaces that some dimension of a float tensor ranges over
+    bound: set[tuple[str, int, int]] = field(default_factory=set)        # (side, rank, storage): holds reference elements from the start
     unread: set[tuple[str, int, int]] = field(default_factory=set)       # (side, rank, call): calls on integers whose arguments and results are not linked
 
     @property
@@ -316,7 +317,7 @@ def _bind(classes: Classes, layout: Layout, tags: Tags, mine: Layout, symbols: d
     seen: dict[int, TensorRef] = {}
     for call in layout.trace.ops:
         for ref in references(call):
-            if f"init.{ref.storage}" in blobs and item_type(ref.dtype) and ref.numel > 1:
+            if f"init.{ref.storage}" in blobs and item_type(ref.dtype) and ref.numel:
                 old = seen.get(ref.storage)
                 seen[ref.storage] = ref if old is None or ref.numel > old.numel else old
     for sid, ref in seen.items():
@@ -324,6 +325,7 @@ def _bind(classes: Classes, layout: Layout, tags: Tags, mine: Layout, symbols: d
         if f"from.{sid}" in blobs:
             raise refusal("SHAPE002", "weights of a type too narrow to tell their elements apart by value", "capture them in float32, or with ref.weights")
         if (found >= 0).any():
+            classes.bound.add((*layout.where, sid))
             at = np.lib.stride_tricks.as_strided(found[ref.offset:], ref.size, [d * found.itemsize for d in ref.stride])
             _bind_block(classes, layout, ref, at, tags, mine, symbols)
 

@@ -25,6 +25,7 @@ from trainverify.shrink.spaces import PRODUCT, Kept, Spaces
 MOVES = {"clone", "copy", "_to_copy", "cat", "stack", "alias", "detach", "contiguous", "split_with_sizes_copy", "constant_pad_nd", "repeat"}
 INDEXING = {"embedding", "embedding_dense_backward", "gather", "scatter", "scatter_add", "index_select", "index_add", "index", "_unsafe_index", "index_put",
             "_index_put_impl", "_unsafe_index_put", "nll_loss_forward", "nll_loss_backward"}
+RUNNING = {"cumsum", "_softmax", "_log_softmax", "_safe_softmax"}        # add up without losing a dimension
 SAME_ELSEWHERE = {"nll_loss_forward": 4, "nll_loss_backward": 5}         # position of ignore_index
 
 Key = tuple[str, int, int]                    # side, rank, call or storage
@@ -127,6 +128,12 @@ class Watcher:
             if d.where[0] == side:
                 self.domains[(*d.where, d.call.index)].append(d)
         self.met: dict[tuple, bool] = {}
+        # Storages that may depend on symbols. A storage that once has held a symbol counts from the start.
+        self.symbolic = {(rank, sid) for where, rank, sid in classes.bound if where == side}
+        self.symbolic |= {(rank, c.args[2].storage) for (where, rank), layout in classes.layouts.items() if where == side
+                          for c in layout.trace.ops if c.name == "tv.symbol"}
+        self.scalars: set[tuple[int, int]] = set()
+        self.moved: set[tuple] = set()
 
     def hooks(self) -> Hooks:
         return Hooks(before=(self.before,), after=(self.after,))
@@ -158,23 +165,49 @@ class Watcher:
             k = 1 if call.name.startswith("aten.nll_loss_forward") else 2
             self.full.valid[key] = int((machine.native.tensor(call.args[k]) != call.args[k + 3]).sum())
         c = call.collective
+        if c is not None and any((machine.rank, r.storage) in self.symbolic for r in c.inputs):
+            self.moved.add(_meeting(machine.rank, c))
         if c is not None and any(not is_float(r) for r in c.inputs):
             self.met[_meeting(machine.rank, c)] = self.met.get(_meeting(machine.rank, c), False) or self._tainted(machine, [r for r in c.inputs if not is_float(r)])
 
     def after(self, machine: Machine, call: OpCall, results: list) -> None:
         if call.collective is not None:
+            if _meeting(machine.rank, call.collective) in self.moved or call.collective.kind == "recv":
+                self.symbolic |= {(machine.rank, r.storage) for r in call.collective.outputs}
             if self.met.get(_meeting(machine.rank, call.collective)):
                 self.full.tainted |= {(self.side, machine.rank, r.storage) for r in call.collective.outputs if not is_float(r)}
             return
-        targets = call.targets()
+        targets, key = call.targets(), (self.side, machine.rank, call.index)
+        if self._depends(machine.rank, call):
+            self.symbolic |= {(machine.rank, t.storage) for t in targets if is_float(t)}
+            if isinstance(call.outs, ScalarRef):
+                self.scalars.add((machine.rank, call.outs.id))
+        elif self._counts(machine.rank, call):
+            self.full.truths[key] = [self.restricted(machine, t) if is_float(t) else self.placed(machine, t) for t in targets]
+            return
         if not any(not is_float(t) for t in targets) or call.name.startswith("tv."):
             return
-        key = (self.side, machine.rank, call.index)
         if self._tainted(machine, reads(call)) or any(isinstance(a, ScalarRef) for a in call.args):
             self.full.tainted |= {(self.side, machine.rank, t.storage) for t in targets if not is_float(t)}
             return
         if not call.rng:
             self.full.truths[key] = [None if is_float(t) else self.placed(machine, t) for t in targets]
+
+    def _depends(self, rank: int, call: OpCall) -> bool:
+        """Whether a result may depend on symbols."""
+        scalars = [a for a in call.args if isinstance(a, ScalarRef)]
+        return any((rank, r.storage) in self.symbolic for r in reads(call)) or any((rank, a.id) in self.scalars for a in scalars)
+
+    def _counts(self, rank: int, call: OpCall) -> bool:
+        """Whether the call adds up numbers that depend on no symbol over indices of which some are not kept: a count in disguise."""
+        targets = call.targets()
+        if call.rng or call.name.startswith("tv.") or not targets or not any(is_float(t) for t in targets) or not any(is_float(r) for r in reads(call)):
+            return False
+        layout, s = self.classes.layouts[(self.side, rank)], self.classes.spaces
+        there = {a for r in targets for d in layout.dims(r) for a in s.atoms(d)}
+        gone = {a for r in reads(call) for d in layout.dims(r) for a in s.atoms(d)} - there
+        running = {a for d in layout.dims(targets[0]) for a in s.atoms(d)} if base(call.name) in RUNNING else set()
+        return any(self.kept.count(a) < s.size(a) for a in gone | running)
 
     def placed(self, machine: Machine, ref: TensorRef) -> torch.Tensor:
         """The kept values of an integer tensor, indices as places among the kept ones."""

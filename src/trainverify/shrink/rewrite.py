@@ -75,6 +75,8 @@ class Rewriter:
         key = (*self.layout.where, call.index)
         if not call.rng and key in self.full.truths and is_integer_only(call) and (key in self.classes.unread or base(call.name) not in MOVES):
             return self._recorded(call, after, self.full.truths[key])
+        if key in self.full.truths and any(is_float(r) for r in call.targets()):
+            return self._recorded(call, after, self.full.truths[key])
         if base(call.name) == "arange" and is_float(call.targets()[0]):
             return self._arange(call, after)
         rewrite = ARGUMENTS.get(base(call.name))

@@ -16,7 +16,7 @@ ALONGSIDE = {
     "api": {"diagnostics"},
     "kernel": {"diagnostics"},
     "certify": {"kernel", "diagnostics"},
-    "shrink": {"diagnostics", "report.model", "ir", "ops", "algebra.base", "replay", "kernel", "engine"},
+    "shrink": {"diagnostics", "report.model", "ir", "ops", "algebra.base", "replay", "relate", "kernel", "engine"},
     "progress": set(), "processes": set(), "explain": set(), "optable": {"ops"},
     "cli": {*LAYERS, "progress", "processes", "explain", "optable", "config", "cases", "certify", "adapters"},
     "config": {"diagnostics"}, "cases": {"processes", "verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
