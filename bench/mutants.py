@@ -83,12 +83,12 @@ def main() -> int:
         try:
             for r in rows(spec, args.seed, args.most, tuple(args.kind), not args.fast):
                 found.append(r)
-                print(f"{r['seconds']:6.1f} s  {r['result']:<8} {r['kind']}: {r['text']} at {r['place'] or 'no line'} ({spec})", file=sys.stderr, flush=True)
+                print(f"{r['seconds']:6.1f} s  {r['result']:<8} {r['kind']}: {r['text']} at {r['place'] or 'no line'}, ranks {r['ranks']} ({spec})", file=sys.stderr, flush=True)
         except NotEqual as e:
             print(f"{spec}: no bugs can be planted: {e}", file=sys.stderr)
     print(table(found))
     unknown = [r for r in found if r["result"] == "UNKNOWN"]
-    print("\nnot refuted:\n" + ("\n".join(f"  {r['spec']}: {r['text']} at {r['place']}" for r in unknown) or "  nothing"))
+    print("\nnot refuted:\n" + ("\n".join(f"  {r['spec']}: {r['text']} at {r['place']}, ranks {r['ranks']}" for r in unknown) or "  nothing"))
     for r in failures(found):
         print(f"\nPROVED, AND ITS OUTPUT IS CHANGED: {json.dumps(r, indent=2)}")
     if args.json:

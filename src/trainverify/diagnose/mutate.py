@@ -300,9 +300,7 @@ class Mutator:
                           lambda call: msgspec.structs.replace(call, name=OTHER_OPERATION[name]), node)
 
     def _dropped_update(self, node: Node, rng: random.Random) -> Mutation:
-        nodes = self._some(node, rng)
-        one = f" on rank {node[0]} only" if {r for r, _ in nodes} == {node[0]} and len(self.traces) > 1 else ""
-        return self._made("update dropped", f"{self.flow.call(node).name} dropped{one}", Edit(dict.fromkeys(nodes)), node)
+        return self._made("update dropped", f"{self.flow.call(node).name} dropped", Edit(dict.fromkeys(self._some(node, rng))), node)
 
 
 # ---- calls that can be changed in some way

@@ -22,6 +22,7 @@ from trainverify.ir.check import problems
 from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.relate.compare import Comparison, Key, Piece
 from trainverify.relate.symbols import Binder
+from trainverify.replay.digests import Digests
 from trainverify.replay.machine import Hooks, Machine
 from trainverify.replay.run import replay
 from trainverify.report.model import PlantedBug, SelfTest
@@ -121,13 +122,16 @@ class SelfTester:
         program = until(program, last) if last else program
         first, symbols = self.analysis.first, self.analysis.symbols
         self.replayed += sum(len(t.ops) for t in program.traces)
-        binder = Binder(symbols, self.algebras)
+        binder, left = Binder(symbols, self.algebras), Digests()
+        hooks = Hooks(symbol=binder.symbol, bind=binder.bind, before=(probes.before, left.before), after=(left.after,), waited=(left.waited,))
         try:
-            world = replay(program, self.algebras, self.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind, before=(probes.before,)))
+            world = replay(program, self.algebras, self.analysis.table, hooks)
             comparison = Comparison(symbols, self.algebras, first.reference, world, Lineages(first.comparison.ref_lineage, first.comparison.lineage))
             comparison.run()
         except CANNOT_RUN:
             return None
+        if left.diagnostics:
+            return None                       # Python would have had other numbers than the recorded ones: what then is not known
         wrong, by_value, witnessed = set(), set(), False
         for key, c in comparison.compared.items():
             if key in self.undecided or last and key[2] > last:

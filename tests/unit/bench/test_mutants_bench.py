@@ -16,7 +16,7 @@ def bench():
 
 
 def row(kind, result, **more):
-    return {"spec": "spec.py", "kind": kind, "text": "something else", "place": "train.py:1", "result": result, "seconds": 1.0, **more}
+    return {"spec": "spec.py", "kind": kind, "text": "something else", "place": "train.py:1", "ranks": [0], "result": result, "seconds": 1.0, **more}
 
 
 def test_table(bench):

@@ -9,7 +9,7 @@ from .validate import problems
 FOUND = SelfTest(
     40, 37, 35, (("collective dropped", 5, 5), ("other factor", 6, 3)),
     (PlantedBug("other factor", "0.05 instead of 0.1 in aten.mul.Tensor", "train.py:12", (0, 1), "its result is the same here"),
-     *[PlantedBug("update dropped", f"aten.add_.Tensor dropped on rank {r} only", "train.py:30", (r,), "it changes a value that is zero here") for r in range(15)]),
+     *[PlantedBug("update dropped", "aten.add_.Tensor dropped", "train.py:30", (r,), "it changes a value that is zero here") for r in range(15)]),
     ("gradient layers.0.wq.weight", "gradient layers.1.wq.weight", "state layers.0.wq.weight::exp_avg"), 60, 90_000)
 
 
