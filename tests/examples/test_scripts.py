@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FSDP2 = "examples/scripts/train_fsdp2.py"
 LLAMA = "examples/scripts/train_llama_hf.py"
+TRAINER = "examples/scripts/train_hf_trainer.py --max_steps 3 --per_device_train_batch_size"
 
 
 def verified(tmp_path, reference, ranks, *parallel):
@@ -42,6 +43,19 @@ def test_hugging_face(tmp_path, arguments):
     assert (code, report["verdict"], report["bound"]) == (0, "PROVED", [21, 21])
     placed = [a["text"] for a in report["assumptions"] if a["text"].startswith("weights were placed")]
     assert len(placed) == ("--model" not in arguments)
+
+
+@pytest.mark.corpus
+def test_hugging_face_trainer(tmp_path):
+    code, report = verified(tmp_path, f"{TRAINER} 4", 2, *TRAINER.split(), "2")
+    assert (code, report["verdict"], report["bound"]) == (0, "PROVED", [12, 12])
+    assert len([o for o in report["outputs"] if o["kind"] == "scalar"]) >= 4
+
+
+@pytest.mark.corpus
+def test_a_trainer_that_counts_tokens_on_each_rank(tmp_path):
+    code, report = verified(tmp_path, f"{TRAINER} 4", 2, *TRAINER.split(), "2", "--average_tokens_across_devices", "False")
+    assert (code, report["verdict"]) == (1, "REFUTED") and report["findings"][0]["diagnostic"]["code"] == "REL013"
 
 
 @pytest.mark.corpus

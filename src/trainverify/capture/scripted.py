@@ -94,7 +94,7 @@ class _Run:
         call = collectives.call
 
         def watched_call(func, args, kwargs):
-            if func._opname in _RECEIVES and self.stepped:
+            if func._opname in _RECEIVES and self.stepped and self.result is None and self.fault is None:
                 self._move(self._boundary)
             return call(func, args, kwargs)
 
