@@ -308,7 +308,9 @@ def scaled(limit):
         stacked = torch.stack([norm])
         invalid = (~torch.isfinite(stacked) | (stacked < limit)).any()
         norm = torch.where(invalid, torch.full_like(norm, math.inf), torch.linalg.vector_norm(stacked))
-        if bool((~torch.isfinite(norm) | (norm < limit)).any()):
+        overflow = torch.ByteTensor([0])
+        overflow[0] = (~torch.isfinite(norm)).any()
+        if bool((~torch.isfinite(norm) | (norm < limit)).any()) or overflow.item():
             return
         gradient.mul_(1 / (norm + 1e-6))
     return update(sgd, before)

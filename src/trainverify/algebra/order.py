@@ -212,8 +212,9 @@ class Order:
         return out
 
     def _blend(self, m, a, b):
-        if m.sp is None and bool(((m.res == 0).all(0) | (m.res == 1).all(0)).all()):
-            return self.where(m.res[0] == 1, a, b)             # a choice that signs or infinities have made
+        known = m.res[:2]                     # modulo Q, a mask is what it was made of
+        if m.sp is None and bool(((known == 0).all(0) | (known == 1).all(0)).all()):
+            return self.where(known[0] == 1, a, b)             # a choice that signs or infinities have made
         x, y = (FieldValue(v.shape, self._lift(v).clone(), flags=v.flags) for v in (a, b))
         out = self._linear(self.mul(m, x), self.mul(self.sub(self.const(1), m), y), torch.add)
         if a.sp is None and b.sp is None and m.sp is None:

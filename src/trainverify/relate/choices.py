@@ -37,9 +37,9 @@ def undecided(reference: World, parallel: World, terms: Terms) -> list[tuple[int
 
 
 def _by_constants(terms: Terms, d: Decision) -> bool:
-    """Whether a mask was read that is the same for all values of the symbols: `isfinite` of what is defined, a root that is below 0."""
+    """Whether a mask was read or cast that is the same for all values of the symbols: `isfinite` of what is defined, a root that is below 0."""
     values = d.operands.get(terms.name, ())
-    if d.kind != "mask" or len(values) != 1 or isinstance(values[0], (torch.Tensor, Complex)):
+    if d.kind not in ("mask", "cast") or len(values) != 1 or isinstance(values[0], (torch.Tensor, Complex)):
         return False
     ids = terms.ids(values[0]).reshape(-1).tolist()
     answers = d.outcome.reshape(-1).tolist() if isinstance(d.outcome, torch.Tensor) else [d.outcome]

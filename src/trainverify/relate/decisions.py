@@ -36,7 +36,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             span = machine.span(d.call)
             place = f"{span.file}:{span.line}" if span else ""
             prints = _prints(field, d)
-            strange = prints - known.get(d.kind, set()) - (constants if d.kind == "mask" else set())
+            strange = prints - known.get(d.kind, set()) - (constants if d.kind in ("mask", "cast") else set())
             if is_idle(machine, d):
                 continue
             if not strange:
