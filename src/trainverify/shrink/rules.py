@@ -524,8 +524,9 @@ def layer_norm(f: Facts) -> None:
     backward = "backward" in f.call.name
     x = f.dims(f.tensor(1 if backward else 0))
     n = len(ints(f.arg(2 if backward else 1)))
-    for s in x[len(x) - n:]:
-        f.pin(s, f"{base(f.call.name)} divides by its size")
+    if n == len(x) or len({r.dtype for r in (*inputs(f.call), *f.call.targets())}) > 1:      # counts.py writes the others out
+        for s in x[len(x) - n:]:
+            f.pin(s, f"{base(f.call.name)} divides by its size")
     for ref in (*inputs(f.call), *f.call.targets()):
         dims = f.dims(ref)
         if ref.size == tuple(f.spaces.size(s) for s in x):

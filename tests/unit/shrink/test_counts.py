@@ -1,0 +1,70 @@
+"""Counts that are written out: the same function where nothing is reduced away, and the recorded count where it is."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import trainverify as tv
+from shrink.kit import captured, verified
+from trainverify.ops.standard import standard_table
+from trainverify.shrink.reduce import execute, reduce_programs
+
+WIDTH = 24
+
+
+class Normed(nn.Module):
+    def __init__(self, fused: bool, kind: str):
+        super().__init__()
+        self.fused, self.kind = fused, kind
+        self.weight, self.bias = nn.Parameter(torch.rand(WIDTH) + 0.5), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x):
+        if self.kind == "layer":
+            if self.fused:
+                return F.layer_norm(x, (WIDTH,), self.weight, self.bias, 1e-5)
+            d = x - x.mean(-1, keepdim=True)
+            return d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight + self.bias
+        if self.fused:
+            return F.rms_norm(x, (WIDTH,), self.weight, 1e-5) + self.bias
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight + self.bias
+
+
+def training(model, batch):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        loss = (model(batch["x"] * batch["x"]) * batch["c"]).sum()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss}
+    return tv.Training(model, step, batch)
+
+
+def spec(kind: str, fused: bool):
+    def reference():
+        torch.manual_seed(0)
+        return training(Normed(False, kind), {"x": torch.randn(5, 7, WIDTH), "c": torch.randn(5, 7, WIDTH)})
+
+    def parallel(ref):
+        model = Normed(fused, kind)
+        model.load_state_dict(ref.weights)
+        return training(model, ref.batch)
+    return reference, parallel
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_fused_norm_is_the_composed_one_at_the_reduced_sizes(kind):
+    small = reduce_programs(*captured(*spec(kind, fused=True), 1), standard_table())
+    found = [{(o.kind, o.name): torch.as_tensor(o.native) for o in execute(p, standard_table()).machines[0].outputs} for p in (small.reference, small.parallel)]
+    assert found[0][("gradient", "weight")].shape[0] < WIDTH
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-5, msg=str(key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_fused_norm_is_proved_by_reduction(kind):
+    report = verified(*spec(kind, fused=True), 1)
+    assert report.verdict == "PROVED", report.diagnostics
+    assert all(c.reduced < WIDTH for c in report.reduction.classes if c.size == WIDTH)
