@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from trainverify.algebra.base import Number
 from trainverify.algebra.field import Field
 from trainverify.algebra.fieldvalue import FieldValue, is_dense
 from trainverify.algebra.powers import Powers
-from trainverify.algebra.primes import P, pack_p
+from trainverify.algebra.primes import MOD_P, P, pack_p
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.elements import Elements, Some
 from trainverify.kernel.store import GARBAGE, I64, INF_ID, NINF_ID, ONE_ID, ZERO_ID
@@ -53,9 +54,14 @@ class Prints:
     def of(self, index: np.ndarray) -> np.ndarray:
         return pack_p(self._residues()[:, torch.from_numpy(index)]).numpy()
 
-    def divided(self, index: np.ndarray, c: Fraction) -> np.ndarray:
-        factor = torch.tensor([c.denominator * pow(c.numerator, -1, p) % p for p in P])[:, None]
-        return pack_p((self._residues()[:, torch.from_numpy(index)] * factor).remainder_(torch.tensor(P)[:, None])).numpy()
+    def divided(self, index: np.ndarray, factors: tuple[Fraction, ...]) -> np.ndarray:
+        return pack_p((self._residues()[:, None, torch.from_numpy(index)] * _inverses(factors)).remainder_(MOD_P[2])).numpy()
+
+
+@lru_cache(maxsize=64)
+def _inverses(factors: tuple[Fraction, ...]) -> torch.Tensor:
+    """1 / c modulo both P, [2, factors, 1]."""
+    return torch.tensor([[c.denominator * pow(c.numerator, -1, p) % p for c in factors] for p in P], dtype=torch.int64)[:, :, None]
 
 
 class NoPrints:
@@ -66,12 +72,13 @@ class NoPrints:
 
 
 class Cell:
-    """A memory cell: the field's, and the identifiers."""
+    """A memory cell: the field's, and the identifiers (None while it holds constants whose identifiers nobody has asked for: most
+    are initial weights, which symbols overwrite)."""
 
     __slots__ = ("field", "ids", "owned")
 
-    def __init__(self, field, ids: torch.Tensor):
-        self.field, self.ids, self.owned = field, ids.contiguous(), False
+    def __init__(self, field, ids: torch.Tensor | None):
+        self.field, self.ids, self.owned = field, None if ids is None else ids.contiguous(), False
 
 
 class Terms(Powers):
@@ -366,25 +373,30 @@ class Terms(Powers):
         return TermValue(self.field.garbage(key, n), torch.full((n,), GARBAGE))
 
     def cell(self, flat: TermValue) -> Cell:
-        return Cell(self.field.cell(flat.f), self.ids(flat))
+        return Cell(self.field.cell(flat.f), flat.ids)
 
     def load(self, cell: Cell, offset: int, size: Sequence[int], stride: Sequence[int]):
         size, stride = tuple(size), tuple(stride)
         f = self.field.load(cell.field, offset, size, stride)
+        if cell.ids is None:
+            return TermValue(f)
         if offset == 0 and is_dense(size, stride, len(cell.ids)):
             cell.owned = False
             return TermValue(f, cell.ids.reshape(size))
         return TermValue(f, cell.ids.as_strided(size, stride, cell.ids.storage_offset() + offset).clone(memory_format=torch.contiguous_format))
 
     def store(self, cell: Cell, offset: int, size: Sequence[int], stride: Sequence[int], v: TermValue) -> Cell:
-        size, stride, ids = tuple(size), tuple(stride), self.ids(v)
+        size, stride = tuple(size), tuple(stride)
+        whole = offset == 0 and is_dense(size, stride, cell.field.n)
+        if cell.ids is None and not whole and v.ids is not None:
+            cell.ids, cell.owned = self._constants(cell.field.value.num), True
         cell.field = self.field.store(cell.field, offset, size, stride, v.f)
-        if offset == 0 and is_dense(size, stride, len(cell.ids)):
-            cell.ids, cell.owned = ids.reshape(-1).contiguous(), False
-            return cell
-        if not cell.owned:
-            cell.ids, cell.owned = cell.ids.clone(), True
-        cell.ids.as_strided(size, stride, cell.ids.storage_offset() + offset).copy_(ids)
+        if whole:
+            cell.ids, cell.owned = None if v.ids is None else v.ids.reshape(-1).contiguous(), False
+        elif cell.ids is not None:
+            if not cell.owned:
+                cell.ids, cell.owned = cell.ids.clone(), True
+            cell.ids.as_strided(size, stride, cell.ids.storage_offset() + offset).copy_(self.ids(v))
         return cell
 
     # ---- comparison of results

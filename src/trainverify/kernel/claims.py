@@ -43,7 +43,7 @@ class Prints(Protocol):
     """Fingerprints of the rows of one call (guesses); None: there are none, and nothing is guessed."""
 
     def of(self, index: np.ndarray) -> np.ndarray | None: ...
-    def divided(self, index: np.ndarray, c: Fraction) -> np.ndarray: ...
+    def divided(self, index: np.ndarray, factors: tuple[Fraction, ...]) -> np.ndarray: ...      # [factors, index]
 
 
 class Guesses(Protocol):
@@ -154,10 +154,11 @@ class Claims:
             self.guesses.learn_other(marks[failed], code, rows[failed], out[failed])
         new = np.flatnonzero(out < 0)
         _, first, inverse = np.unique(marks[new], return_index=True, return_inverse=True)
-        lead = new[np.sort(first)]
+        is_lead = np.zeros(len(new), bool)
+        is_lead[first] = True
+        lead, twins = new[is_lead], new[~is_lead]                # a twin is equal to an earlier row of this very call, perhaps
         out[lead] = self.store.define(code, rows[lead], keys[lead])
         self.guesses.learn(marks[lead], out[lead])
-        twins = np.setdiff1d(new, lead)                          # equal to an earlier row of this very call, perhaps
         if twins.size:
             reps = np.full(len(rows), -1, I64)
             reps[new] = out[new[first]][inverse.reshape(-1)]

@@ -232,8 +232,8 @@ class Some:
     def of(self, index: np.ndarray) -> np.ndarray | None:
         return self.prints.of(self.index[index])
 
-    def divided(self, index: np.ndarray, c: Fraction) -> np.ndarray:
-        return self.prints.divided(self.index[index], c)
+    def divided(self, index: np.ndarray, factors: tuple[Fraction, ...]) -> np.ndarray:
+        return self.prints.divided(self.index[index], factors)
 
 
 def _opposite(x: np.ndarray) -> np.ndarray:

@@ -54,13 +54,15 @@ class Dictionary:
         zero, structure = np.zeros(0, bool), None
         if self._zero is not None and self.ambiguous(np.array([self._zero])).any() and (zero := prints.of(index) == self._zero).any():
             structure = self._structure.of_rows(code, rows[zero])
-        for c in self.factors:
+        shown = prints.divided(some, self.factors)
+        likely = (self.find(shown.reshape(-1)) > ZERO_ID).reshape(shown.shape).any(1)
+        for c, is_likely in zip(self.factors, likely.tolist()):
             if structure is not None:                            # zero over c is zero
                 others = np.full(len(index), -1, np.int64)
                 others[zero] = _look_up(self._others, packed(divided(structure, c)))
                 yield c, others
-            if (self.find(prints.divided(some, c)) > ZERO_ID).any():
-                reps = self.find(prints.divided(index, c))
+            if is_likely:
+                reps = self.find(prints.divided(index, (c,))[0])
                 reps[reps == ZERO_ID] = -1
                 yield c, reps
 
