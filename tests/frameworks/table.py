@@ -81,6 +81,7 @@ TORCHTITAN = [
 ]
 
 DEEPSPEED = [
+    Case("deepspeed_llama_bf16.py", {"stage": 2}),
     Case("deepspeed_zero.py", {"stage": 1}),
     Case("deepspeed_zero.py", {"stage": 2}),
     Case("deepspeed_zero.py", {"stage": 3}, quick=True),
