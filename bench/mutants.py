@@ -83,7 +83,8 @@ def main() -> int:
         try:
             for r in rows(spec, args.seed, args.most, tuple(args.kind), not args.fast):
                 found.append(r)
-                print(f"{r['seconds']:6.1f} s  {r['result']:<8} {r['kind']}: {r['text']} at {r['place'] or 'no line'}, ranks {r['ranks']} ({spec})", file=sys.stderr, flush=True)
+                where = f"{r['place'] or 'no line'}, ranks {r['ranks']} ({spec})"
+                print(f"{r['seconds']:6.1f} s  {r['result']:<8} {r['kind']}: {r['text']} at {where}", file=sys.stderr, flush=True)
         except NotEqual as e:
             print(f"{spec}: no bugs can be planted: {e}", file=sys.stderr)
     print(table(found))

@@ -27,7 +27,7 @@ OTHER_OPERATION = {"aten.add.Tensor": "aten.sub.Tensor", "aten.sub.Tensor": "ate
                    "aten.sin.default": "aten.cos.default", "aten.mean.dim": "aten.sum.dim_IntList"}
 OTHER_REDUCTION = {"sum": "avg", "avg": "sum", "max": "min", "min": "max"}
 COMMUTE = {"add", "add_", "mul", "mul_", "maximum", "minimum", "eq", "ne"}
-NUMBERS = {"add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "pow", "pow_", "lerp", "lerp_"}     # whose integer arguments are factors, not sizes
+NUMBERS = {"add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "pow", "pow_", "lerp", "lerp_"}     # their integers are factors, not sizes
 NAMED = {"alpha", "beta", "lr", "beta1", "beta2", "weight_decay", "eps", "value", "scale"}
 ONCE, ONE_RANK = 0.25, 0.4                    # shares of the mutations that are made in one step, or on one rank, where that makes sense
 
@@ -199,7 +199,7 @@ class Mutator:
     def _other_group(self, node: Node, rng: random.Random) -> Mutation | None:
         """Over another division of the ranks that the program has."""
         c = self.flow.call(node).collective
-        families = [f for f in self.places.families() if node[0] in f and f[node[0]] != c.group and (c.kind not in SAME_SIZE or len(f[node[0]]) == len(c.group))]
+        families = [f for f in self.places.families() if (mine := f.get(node[0], c.group)) != c.group and (c.kind not in SAME_SIZE or len(mine) == len(c.group))]
         if not families:
             return None
         family = rng.choice(families)
@@ -335,7 +335,8 @@ def _makes_floats(call: OpCall) -> bool:
 
 def _in_place(call: OpCall) -> bool:
     """Whether the program stays well formed without the call: all it does is to write memory that is there."""
-    return _plain(call) and bool(call.writes) and set(tensors(call.outs)) <= set(call.writes) and (call.outs is None or isinstance(call.outs, (TensorRef, Sequence)))
+    plain = call.outs is None or isinstance(call.outs, (TensorRef, Sequence))
+    return _plain(call) and plain and bool(call.writes) and set(tensors(call.outs)) <= set(call.writes)
 
 
 def _is_float(ref: TensorRef) -> bool:

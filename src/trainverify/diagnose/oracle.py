@@ -49,7 +49,7 @@ class Oracle:
             raise ValueError("the reference is undefined at its recorded inputs")
 
     def changed(self, edited: Program) -> set[Key]:
-        """The outputs of which some element differs by more than rounding, or is nobody's any more. Raises what a replay of a program that cannot run raises."""
+        """The outputs of which some element differs by more than rounding, or is nobody's any more. Raises as a replay of a program that cannot run."""
         out: set[Key] = set()
         for point in self.points:
             now = self._compared(point.reference, self._replayed(edited, point.values), point.values)

@@ -200,7 +200,8 @@ class SelfTester:
         for rank, index in m.nodes:
             call = self.mutator.flow.call((rank, index))
             refs = [r for r in (call.targets() if call.collective is None else call.collective.outputs) if r.numel][:PROBED]
-            at = next((c.index for c in self.mutator.flow.calls[rank][self.mutator.places.settled((rank, index))[1] + 1:] if not c.name.startswith("tv.")), None)
+            later = self.mutator.flow.calls[rank][self.mutator.places.settled((rank, index))[1] + 1:]
+            at = next((c.index for c in later if not c.name.startswith("tv.")), None)
             if not refs or at is None:
                 continue
             shift = 0

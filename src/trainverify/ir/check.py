@@ -1,4 +1,4 @@
-"""Whether a program is well formed: what every captured program is, and what an edited one must be to mean anything (no torch; costs an answer, never a verdict).
+"""Whether a program is well formed: what every captured program is, and what an edited one must be to mean anything (no torch, not trusted).
 
 Tensors lie inside their storages, scalars are used after they were made, waits name work that was issued, every member of a group comes to each of
 its collectives exactly once and with the same kind, and as many messages are received as are sent.

@@ -27,7 +27,8 @@ def self_test_lines(found: SelfTest | None, width: int) -> list[str]:
         kind, _, name = output.partition(" ")
         by_kind.setdefault(kind, []).append(name)
     if by_kind:
-        lines += wrap("    ", f"{len(found.unreached)} of {count_of(found.outputs, 'output')} cannot show a bug here: no planted one changed them", width, indent=6)
+        told = f"{len(found.unreached)} of {count_of(found.outputs, 'output')} cannot show a bug here: no planted one changed them"
+        lines += wrap("    ", told, width, indent=6)
     for kind, names in by_kind.items():
         lines += wrap(f"      {kind}: ", ", ".join(fold_names(names)), width, indent=8)
     return lines

@@ -1,4 +1,4 @@
-"""Planted bugs: programs stay well formed, an oracle says which outputs change, and no changed output is ever PROVED; a self-test tells strong specs from weak ones."""
+"""Planted bugs: programs stay well formed, an oracle says which outputs change, no changed output is ever PROVED; a self-test tells strong specs from weak."""
 from collections import Counter
 from pathlib import Path
 
