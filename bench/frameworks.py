@@ -36,17 +36,17 @@ def measure(case: Case) -> dict:
     return {"name": case.name, "verdict": row["verdict"], "ranks": report["ranks"], "ops": row["ops"], "outputs": len(report["outputs"]),
             **{v: sum(o["verdict"] == v for o in report["outputs"]) for v in ("PROVED", "REFUTED", "UNKNOWN")},
             "capture": round(phases["capture"], 1), "verify": round(row["wall"] - phases["capture"], 1), "wall": round(row["wall"], 1),
-            "memory": row["peak_memory"], "failed": failed if report["verdict"] == "ERROR" else [],
+            "cpu": round(row["cpu"], 1), "memory": row["peak_memory"], "failed": failed if report["verdict"] == "ERROR" else [],
             "reasons": [[verdict, reason, n] for (verdict, reason), n in sorted(reasons.items())],
             "assumed": [a["text"] + (f" ({', '.join(a['places'])})" if a["places"] else "") for a in report["assumptions"] if int(a["code"][1:]) > 5]}
 
 
 def table(rows: list[dict]) -> list[str]:
     """One line per case, in Markdown."""
-    lines = ["| case | ranks | ops | outputs | PROVED | REFUTED | UNKNOWN | capture s | verify s | GB |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| case | ranks | ops | outputs | PROVED | REFUTED | UNKNOWN | capture s | verify s | CPU s | GB |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         lines.append(f"| `{r['name']}` | {r['ranks']} | {r['ops']:,} | {r['outputs']} | {r['PROVED']} | {r['REFUTED']} | {r['UNKNOWN']} "
-                     f"| {r['capture']:.0f} | {r['verify']:.0f} | {r['memory'] / 1e9:.1f} |")
+                     f"| {r['capture']:.0f} | {r['verify']:.0f} | {r['cpu']:.0f} | {r['memory'] / 1e9:.1f} |")
     return lines
 
 
