@@ -4,11 +4,13 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 import trainverify as tv
 from judge import assert_equal, summary
-from pairs import LR, Weight, batch_of
+from pairs import LR, WIDTH, Weight, batch_of
 
 RANKS = 2
 
@@ -63,3 +65,36 @@ def test_reference_that_is_sharded_over_one_rank():
     report = tv.verify(sharded_reference, parallel, ranks=RANKS, steps=2, timeout=60.0, repair=False)
     assert_equal(report)
     assert {(o.kind, o.name) for o in report.outputs} == {("gradient", "w"), ("parameter", "w"), ("state", "w::momentum_buffer")}, summary(report)
+
+
+def drawn_in_place(shards):
+    """A layer whose weights are drawn in place, some again and again until none is far from 0, then overwritten by the reference's."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = nn.Linear(WIDTH, 5)
+    if shards:
+        dist.init_process_group("gloo")
+        fully_shard(model)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.trunc_normal_(parameter, std=0.02)
+    return model
+
+
+def uneven_shards(ref):
+    model = drawn_in_place(shards=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(distribute_tensor(ref.weights[name], parameter.device_mesh, parameter.placements))
+    batch = {"x": ref.batch["x"], "targets": ref.batch["targets"] % 5}
+    return trained(model, batch, torch.optim.SGD(model.parameters(), lr=LR))
+
+
+def plain_reference():
+    model, batch = drawn_in_place(shards=False), batch_of(6)
+    batch["targets"] %= 5
+    return trained(model, batch, torch.optim.SGD(model.parameters(), lr=LR))
+
+
+def test_what_an_uneven_shard_draws_is_data():
+    assert_equal(tv.verify(plain_reference, uneven_shards, ranks=RANKS, steps=1, timeout=60.0, repair=False))

@@ -568,8 +568,10 @@ class Field(Order, Powers):
         v = self._settle(v)
         whole = offset == 0 and is_dense(tuple(size), tuple(stride), cell.n)
         if v.num is not None and (cell.value.num is None and not whole):
-            v = self._lifted(v)
-        elif v.num is None and cell.value.num is not None:
+            cell.store(offset, size, stride, self._lifted(v))
+            cell.keep(offset, size, stride, v.num)
+            return cell
+        if v.num is None and cell.value.num is not None:
             cell.become(self._lifted(cell.value))
         cell.store(offset, size, stride, v)
         return cell

@@ -114,9 +114,13 @@ def sum_signs(sgn: torch.Tensor, add: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 class Cell:
-    """One flat buffer; its tensors are shared with values until the next partial store."""
+    """One flat buffer; its tensors are shared with values until the next partial store.
 
-    __slots__ = ("n", "value", "owned")
+    known: where a symbolic buffer holds constants that were stored into a part of it (nan elsewhere; None: nowhere). What is loaded from there
+    is constant: a random initialisation of an uneven shard decides nothing, though its padding was never written.
+    """
+
+    __slots__ = ("n", "value", "owned", "known")
 
     def __init__(self, value: FieldValue):
         self.n = value.shape[0]
@@ -124,10 +128,20 @@ class Cell:
 
     def become(self, value: FieldValue) -> None:
         self.value = value.move(lambda t, lead: t.contiguous())
-        self.owned = False
+        self.owned, self.known = False, None
+
+    def keep(self, offset: int, size: Sequence[int], stride: Sequence[int], num: torch.Tensor) -> None:
+        """A part of a symbolic buffer was overwritten by constants."""
+        if self.known is None:
+            self.known = torch.full((self.n,), float("nan"), dtype=torch.float64)
+        _view(self.known, 0, offset, tuple(size), tuple(stride)).copy_(num)
 
     def load(self, offset: int, size: Sequence[int], stride: Sequence[int]) -> FieldValue:
         size, stride, v = tuple(size), tuple(stride), self.value
+        if self.known is not None:
+            part = _view(self.known, 0, offset, size, stride)
+            if part.numel() and not part.isnan().any():
+                return FieldValue(size, num=part.clone(memory_format=torch.contiguous_format))
         if offset == 0 and is_dense(size, stride, self.n):
             self.owned = False
             return v.move(lambda t, lead: t.reshape((*t.shape[:lead], *size)))
@@ -141,7 +155,10 @@ class Cell:
         size, stride = tuple(size), tuple(stride)
         if offset == 0 and is_dense(size, stride, self.n):
             self.value, self.owned = v.move(lambda t, lead: t.reshape((*t.shape[:lead], self.n)).contiguous()), False
+            self.known = None
             return
+        if self.known is not None:
+            _view(self.known, 0, offset, size, stride).fill_(float("nan"))
         mine = self.value
         if not self.owned:
             mine = self.value = mine.move(lambda t, lead: t.clone(memory_format=torch.contiguous_format))
