@@ -10,18 +10,18 @@ from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
 RANKS = lambda dp=1, tp=1, ep=1, pp=1: dp * tp * pp
 CASES = [{"dp": 2, "ep": 2}, {"dp": 4, "ep": 2}, {"tp": 2, "ep": 2}]
 DIM, HEADS = 16, 2
-ROWS, LENGTH = 4, 4
+ROWS, LENGTH = 4, 8
 
 
 def small_deepseek_v3():
     """DeepSeek-V3 with one dense layer and one of four experts, two of which see each token."""
     spec = model_registry("debugmodel", attn_backend="varlen")
     layers = _build_dsv3_layers(
-        n_layers=2, n_dense_layers=1, dim=DIM, n_heads=HEADS, q_lora_rank=5, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2,
-        v_head_dim=3, mscale=0.7, dense_hidden_dim=20, moe_hidden_dim=8, num_experts=4, num_shared_experts=1, router_top_k=2,
+        n_layers=2, n_dense_layers=1, dim=DIM, n_heads=HEADS, q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4,
+        v_head_dim=5, mscale=0.7, dense_hidden_dim=20, moe_hidden_dim=8, num_experts=4, num_shared_experts=1, router_top_k=2,
         router_score_func="sigmoid", router_route_norm=True, router_route_scale=2.5, attn_backend="varlen", moe_comm_backend="standard",
         non_blocking_capacity_factor=None,
-        rope=ComplexRoPE.Config(dim=2, max_seq_len=LENGTH, theta=10000.0, scaling="yarn", rope_factor=40.0, beta_fast=32.0,
+        rope=ComplexRoPE.Config(dim=4, max_seq_len=LENGTH, theta=10000.0, scaling="yarn", rope_factor=40.0, beta_fast=32.0,
                                 beta_slow=1.0, original_seq_len=LENGTH // 2))
     spec.model = DeepSeekV3Model.Config(
         vocab_size=titan.VOCAB, dim=DIM,
@@ -32,7 +32,7 @@ def small_deepseek_v3():
 
 
 def build(**options):
-    return titan.build(small_deepseek_v3(), length=LENGTH, chunks=2, **options)
+    return titan.build(small_deepseek_v3(), length=LENGTH, chunks=4, **options)
 
 
 def reference():
