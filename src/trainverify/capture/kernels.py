@@ -1,7 +1,7 @@
 """Lets torch's own attention kernels that need a GPU run on CPU tensors (trusted: each computes what its documentation says, an assumption of the report).
 
-FlexAttention is torch's function with its unfused form, written so that autograd differentiates it: torch has no backward of it on a CPU. The block mask counts as the
-kernel reads it: blocks that are not listed are not seen, listed ones where mask_mod says so, full ones everywhere.
+FlexAttention is torch's function with its unfused form, written so that autograd differentiates it: torch has no backward of it on a CPU. The block
+mask counts as the kernel reads it: blocks that are not listed are not seen, listed ones where mask_mod says so, full ones everywhere.
 """
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class _Flex:
     def __init__(self, flex: Any, note: Note):
         self.flex, self.note = flex, note
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: tuple, scale: float, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: tuple, scale: float,
+                 options: dict) -> tuple[Tensor, Tensor, Tensor]:
         self.note("ASSUME", FLEX)
         batch, heads, rows, columns = *query.shape[:3], key.shape[2]
         key, value = (x.expand(batch, *x.shape[1:]) for x in (key, value))

@@ -26,11 +26,11 @@ def _shape(normalized_shape: Any) -> tuple[int, ...]:
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any, eps: float) -> Tensor:
-    return F.layer_norm(wide(x), _shape(shape), weight if weight is None else wide(weight), bias if bias is None else wide(bias), eps).to(x.dtype if weight is None else weight.dtype)
+    return F.layer_norm(wide(x), _shape(shape), wide(weight), wide(bias), eps).to(x.dtype if weight is None else weight.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, shape: Any, eps: float) -> Tensor:
-    return F.rms_norm(wide(x), _shape(shape), weight if weight is None else wide(weight), eps).to(x.dtype if weight is None else weight.dtype)
+    return F.rms_norm(wide(x), _shape(shape), wide(weight), eps).to(x.dtype if weight is None else weight.dtype)
 
 
 @stands_for("apex.normalization.fused_layer_norm_affine", LAYER_NORM)
@@ -123,7 +123,8 @@ def multi_tensor_axpby(chunk_size, noop_flag, tensor_lists, a, b, arg_to_check=-
         out.copy_(wide(x) * a + wide(y) * b)
 
 
-ADAM = "m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = p - lr (m' / (sqrt(v') + eps) + decay p) with m', v' corrected for bias (without AdamW, decay p adds to g)"
+ADAM = ("m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = p - lr (m' / (sqrt(v') + eps) + decay p) with m', v' corrected for bias "
+        "(without AdamW, decay p adds to g)")
 
 
 @stands_for("amp_C.multi_tensor_adam", ADAM)

@@ -40,6 +40,6 @@ def only(name: str, **given: tuple[Any, Any]) -> None:
             refuse(f"{name}({argument}={value!r})")
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor | None) -> torch.Tensor | None:
     """Kernels compute in float32 at least."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,7 +1,7 @@
 """TransformerEngine's DotProductAttention in plain PyTorch, also over a context-parallel group (trusted as an assumption of the report).
 
-Source: transformer_engine/pytorch/attention: masks of "causal" start at the top left corner, of "causal_bottom_right" at the other; a mask that is given is True where
-nothing is seen. Under context parallelism rank r of n holds the parts r and 2n-1-r of 2n parts of the sequence. The kernel's ring, all-gather and
+Source: transformer_engine/pytorch/attention: masks of "causal" start at the top left corner, of "causal_bottom_right" at the other; a mask that
+is given is True where nothing is seen. Under context parallelism rank r of n holds the parts r and 2n-1-r of 2n parts of the sequence. The kernel's ring, all-gather and
 all-to-all compute the same; here keys and values are gathered.
 """
 from __future__ import annotations
@@ -39,7 +39,8 @@ class DotProductAttention(Module):
                  softmax_type="vanilla", return_max_logit=False):
         super().__init__()
         only(NAME, attention_dropout=(attention_dropout, 0.0), softmax_type=(softmax_type, "vanilla"), return_max_logit=(return_max_logit, False))
-        self.qkv_format, self.attn_mask_type, self.window_size, self.cp_group, self.cp_comm_type = qkv_format, attn_mask_type, window_size, cp_group, cp_comm_type
+        self.qkv_format, self.attn_mask_type, self.window_size = qkv_format, attn_mask_type, window_size
+        self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.softmax_scale = 1 / math.sqrt(channels) if softmax_scale is None else softmax_scale
         self.register_load_state_dict_post_hook(_without_extra_state)

@@ -243,7 +243,8 @@ class Linear(_Parallel):
                  parameters_split=None, device=None, rng_tracker_name=None, **others):
         super().__init__()
         only("transformer_engine.pytorch.Linear", parameters_split=(parameters_split, None))
-        self._set_up("Linear", in_features, out_features, sequence_parallel, tp_group, tp_size, bias, return_bias, parallel_mode, fuse_wgrad_accumulation, others)
+        self._set_up("Linear", in_features, out_features, sequence_parallel, tp_group, tp_size, bias, return_bias, parallel_mode,
+                     fuse_wgrad_accumulation, others)
         self._weights(None, params_dtype, device, init_method, get_rng_state_tracker, rng_tracker_name)
 
     @stands_for("transformer_engine.pytorch.Linear", PRODUCT)
