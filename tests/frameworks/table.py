@@ -73,6 +73,7 @@ TORCHTITAN = [
     Case("torchtitan_llama3.py", {"dp": 2, "accumulate": 3}),
     Case("torchtitan_llama3.py", {"dp": 2, "flex": True, "recompute": True}),
     Case("torchtitan_deepseek_v3.py", {"dp": 2, "ep": 2}, quick=True),
+    Case("torchtitan_deepseek_v3.py", {"dp": 4, "ep": 2}, ranks=4),
     Case("torchtitan_deepseek_v3.py", {"tp": 2, "ep": 2}, expected="UNKNOWN",
          why="equal in the field: each rank's share of the gradients goes through the backward of the latent norms before they are summed, "
              "and the shares' terms are longer than the proof writes out"),
