@@ -201,7 +201,7 @@ class Watcher:
     def _counts(self, rank: int, call: OpCall) -> bool:
         """Whether the call adds up numbers that depend on no symbol over indices of which some are not kept: a count in disguise."""
         targets = call.targets()
-        if call.rng or call.name.startswith("tv.") or not targets or not any(is_float(t) for t in targets) or not any(is_float(r) for r in reads(call)):
+        if call.rng or call.name.startswith("tv.") or not targets or not any(is_float(t) for t in targets):
             return False
         layout, s = self.classes.layouts[(self.side, rank)], self.classes.spaces
         there = {a for r in targets for d in layout.dims(r) for a in s.atoms(d)}

@@ -108,6 +108,7 @@ pair("ones_counted_at_the_reduced_size", lambda w, x: x.sum() / torch.ones_like(
 pair("ones_hidden_in_a_sum", lambda w, x: (x + 1).sum(), lambda w, x: x.sum() + 4)
 pair("ones_of_another_size", lambda w, x: x.sum() / torch.ones(12).sum(), lambda w, x: x.sum() / torch.ones(14).sum())
 pair("valid_counted_in_floats", lambda w, x: x.sum() / (torch.arange(12) > 3).float().sum(), lambda w, x: x.sum() / 4)
+pair("valid_added_up_as_floats", lambda w, x: x.sum() / (torch.arange(12) < 12).sum(dtype=torch.float32), lambda w, x: x.sum() / 4)
 pair("unbiased", lambda w, x: ((x - x.mean()) ** 2).sum(), lambda w, x: ((x - x.mean()) ** 2).sum() / (x.shape[0] - 1))
 pair("scale_of_the_other_size", lambda w, x: dot(w, x @ x.t() / math.sqrt(x.shape[1])), lambda w, x: dot(w, x @ x.t() / math.sqrt(x.shape[0])), w=(6, 6), x=(6, 10))
 pair("means_of_uneven_parts", lambda w, x: x.mean(), lambda w, x: (x[:7].mean() + x[7:].mean()) / 2)
