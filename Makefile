@@ -38,7 +38,7 @@ test-all: setup
 
 # Every program of the bug corpus and of tests/programs, right and wrong (about an hour; each change runs a sample of them).
 test-bugs: setup
-	$(PYTEST) -m 'corpus or slow' tests/bugs tests/programs
+	$(PYTEST) -m 'corpus or slow' tests/bugs tests/programs tests/examples
 
 # A dozen runs of real frameworks, one after the other: each is a world of processes.
 test-frameworks: setup frameworks

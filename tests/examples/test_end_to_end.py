@@ -30,8 +30,8 @@ def test_a_correct_example_is_proved(example: Example):
     assert not [d for d in report.diagnostics if d.severity in ("error", "internal")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 5))
+# Two more seeds with every change, the others with `make test-bugs`.
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s < 3 else pytest.mark.corpus) for s in range(1, 5)])
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 def test_every_seed_proves_a_correct_example(example: Example, seed: int):
     assert not_proved(run(example.path, example.case or {}, seed)) == []
