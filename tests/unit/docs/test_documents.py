@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from trainverify import cli, explain
+from trainverify import arguments, explain
 from trainverify.report.model import Report
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ def test_commands_parse(file, tmp_path, monkeypatch):
     commands = [line.split("  #")[0] for b in blocks(file.read_text()) for line in b.split("\n") if re.match(r"trainverify [a-z]", line)]
     commands += [c for c in re.findall(r"`(trainverify (?:verify|capture|explain) [^`]+)`", file.read_text()) if not re.search(r"\b[A-Z]{4,}\b(?![0-9])", c)]
     for c in commands:
-        cli._parser().parse_args(shlex.split(c)[1:])
+        arguments.parser().parse_args(shlex.split(c)[1:])
 
 
 @document

@@ -18,14 +18,15 @@ ALONGSIDE = {
     "certify": {"kernel", "diagnostics"},
     "shrink": {"diagnostics", "report.model", "ir", "ops", "algebra.base", "replay", "relate", "kernel", "engine"},
     "progress": set(), "processes": set(), "explain": set(), "optable": {"ops"},
-    "cli": {*LAYERS, "progress", "processes", "explain", "optable", "config", "cases", "certify", "adapters"},
+    "cli": {*LAYERS, "arguments", "progress", "processes", "explain", "optable", "config", "cases", "certify"},
+    "arguments": {"report", "adapters"},
     "config": {"diagnostics"}, "cases": {"processes", "verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
     "verify": {"capture", "api", "certify", "cache", "shrink"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel", "processes"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},
     "cache": {"diagnostics", "ir", "engine", "report", "report.model"},
     "testing": {"verify", "cases", "engine", "report", "report.model"}, "pytest_plugin": {"testing", "cases", "diagnostics", "report"},
 }
-NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "certify", "cli", "progress", "processes", "explain", "optable", "config", "cases", "testing", "pytest_plugin", "__init__", "__main__")
+NO_TORCH = ("diagnostics", "ir", "report", "report.model", "kernel", "certify", "cli", "arguments", "progress", "processes", "explain", "optable", "config", "cases", "testing", "pytest_plugin", "__init__", "__main__")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from trainverify import cli
+from trainverify import arguments
 from trainverify.adapters import standins
 from trainverify.adapters.standins import grouped_gemm
 from trainverify.diagnostics import Fault
@@ -91,10 +91,10 @@ def test_a_program_that_does_without_it_is_left_alone(spec):
 
 
 def test_the_command_line_knows_their_names(capsys):
-    args = cli._parser().parse_args(["verify", "--stand-in", "flash_attn,apex"])
+    args = arguments.parser().parse_args(["verify", "--stand-in", "flash_attn,apex"])
     assert args.stand_in == ("flash_attn", "apex")
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["verify", "--stand-in", "flashattn"])
+        arguments.parser().parse_args(["verify", "--stand-in", "flashattn"])
     assert "flash_attn, grouped_gemm" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(Fault, match="STAND001"):
         standins.provide(["flashattn"])
