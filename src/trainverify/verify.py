@@ -230,7 +230,7 @@ def _rerun_options(options: Options) -> list[str]:
     words = ["--steps", str(options.steps)] if options.steps != Options().steps else []
     words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
     words += [word for word, asked in (("--no-repair", not options.repair), ("--reduce", options.reduce), ("--cross-check", options.cross_check)) if asked]
-    return [*words, "--seed", str(options.seed)]
+    return words
 
 
 def _analyse(report: Report, reference, parallel, extra_rows, options: Options, progress: Callable) -> None:

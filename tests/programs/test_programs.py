@@ -40,11 +40,14 @@ SLOW = {
 PROVED = {"by_dtensor", "ulysses", "rows", "hsdp", "bf16_hook", "zero_bubble", "gpipe"}
 
 
+MINUTES = {"baddbmm"}                         # whose proof gives up after minutes
+
+
 def programs() -> list:
     """The quick ones; of the rest every sixth one runs with every change, all of them with `make test-bugs`."""
     quick = [pytest.param(spec, how, id=f"{spec}-{how}") for spec, hows in QUICK.items() for how in hows]
     rest = [(spec, how) for spec, hows in SLOW.items() for how in hows]
-    marks = [pytest.mark.corpus if i % 6 else pytest.mark.slow for i in range(len(rest))]
+    marks = [pytest.mark.corpus if i % 6 or how in MINUTES else pytest.mark.slow for i, (_, how) in enumerate(rest)]
     return quick + [pytest.param(spec, how, id=f"{spec}-{how}", marks=mark) for (spec, how), mark in zip(rest, marks)]
 
 

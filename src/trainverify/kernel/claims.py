@@ -103,7 +103,7 @@ class Claims:
         self._below: dict[int, list[int]] = {}
         self._constants = 0
         self._stubborn = np.zeros(0, bool)                       # not proved to be what its fingerprint says
-        self._short_first = self._too_large = False
+        self._short_first = self._too_large = self._plainly = False
 
     # ---- rows to identifiers
     def resolve(self, kind: str, attr, rows: np.ndarray, prints: Prints) -> np.ndarray:
@@ -341,6 +341,8 @@ class Claims:
 
     def _settle_rows(self, key: tuple[int, int, Fraction], rows: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
         """A few rows show what proves their kind; those that are instances of it need no names."""
+        if self._plainly:
+            return self._settle_new(key, rows, split, limit, depth)
         ok, left, tried = np.zeros(len(rows), bool), np.arange(len(rows)), 0
         patterns = self._patterns.of(key)
         while left.size:
@@ -357,17 +359,22 @@ class Claims:
     def _like(self, pattern: Pattern, key, rows: np.ndarray, left: np.ndarray, ok: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
         """Settle the rows that fit a pattern; which are left."""
         fits = pattern.fits(rows[left], self.store.sign)
-        at = left[fits]
         self._effort += rows[left].size // 256
-        if not at.size:
+        if pattern.unfold is not None:                           # what has no definition would stay as it is, for ever
+            fits &= (self.store.code[rows[left][:, pattern.order[pattern.unfold]]] > 0).all(1)
+        at = left[fits]
+        if not at.size or pattern.unfold is not None and depth >= DEPTH:
             return left
         if pattern.unfold is None:
             ok[at] = True
             self.counts["proved instance"] += len(at)
-        else:
-            ok[at] = self._unfold_at(key, rows[at][:, pattern.order], pattern.unfold, split, limit, depth, None)
-            if not ok[at].any():
-                return left                                      # the usual way
+            return left[~fits]
+        ok[at] = self._unfold_at(key, rows[at][:, pattern.order], pattern.unfold, split, limit, depth, None)
+        lost = at[~ok[at]]
+        if lost.size and not depth:                              # another unfolding may do; tried once, and not at every depth again
+            self._plainly = True
+            ok[lost] = self._settle_new(key, rows[lost], split, limit, depth)
+            self._plainly = False
         return left[~fits]
 
     def _settle_new(self, key: tuple[int, int, Fraction], rows: np.ndarray, split: int, limit: int, depth: int) -> np.ndarray:
