@@ -31,6 +31,7 @@ def test_commands_parse(file, tmp_path, monkeypatch):
     Path("spec.py").write_text("")
     Path("spec.cert").write_text("")
     Path("traces").mkdir()
+    Path("examples").symlink_to(ROOT / "examples")
     commands = [line.split("  #")[0] for b in blocks(file.read_text()) for line in b.split("\n") if re.match(r"trainverify [a-z]", line)]
     commands += [c for c in re.findall(r"`(trainverify (?:verify|capture|explain) [^`]+)`", file.read_text()) if not re.search(r"\b[A-Z]{4,}\b(?![0-9])", c)]
     for c in commands:
