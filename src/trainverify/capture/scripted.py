@@ -58,7 +58,7 @@ class _Run:
         self.stepped = False                   # whether an optimizer has stepped in this step
         self.read: dict[str, Any] = {}         # floats of this step, by name
         self.result: bytes | None = None
-        self.fault: Fault | None = None        # of ours, which no handler of the script may take for its own
+        self.fault: Exception | None = None    # of ours, which no handler of the script may take for its own
         self._rows: set[tuple[int, int]] = set()
         self._calls, self._clock = 0, 0.0
 
@@ -75,15 +75,20 @@ class _Run:
         except _Stop:
             pass
         except SystemExit as e:
-            if self.result is None and self.fault is None and e.code not in (None, 0):
+            if not self._is_stopped and e.code not in (None, 0):
                 raise
             self._ended()
         except Exception:
-            if self.result is None and self.fault is None:     # else it is only what an interrupted script does
+            if not self._is_stopped:           # else all is recorded, and this is how the script takes being interrupted
                 raise
         if self.fault is not None:
             raise self.fault
         return self.result
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether nothing that the script still does is recorded."""
+        return self.result is not None or self.fault is not None
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -94,7 +99,7 @@ class _Run:
         call = collectives.call
 
         def watched_call(func, args, kwargs):
-            if func._opname in _RECEIVES and self.stepped and self.result is None and self.fault is None:
+            if func._opname in _RECEIVES and self.stepped and not self._is_stopped:
                 self._move(self._boundary)
             return call(func, args, kwargs)
 
@@ -109,7 +114,7 @@ class _Run:
 
     def _ended(self) -> None:
         """The script is through."""
-        if self.result is not None or self.fault is not None:
+        if self._is_stopped:
             return
         if self.stepped and self.step == self.session.options.steps:
             self._finish()
@@ -168,16 +173,16 @@ class _Run:
 
     # ---- steps
     def _stop_again(self) -> None:
-        if self.result is not None or self.fault is not None:
+        if self._is_stopped:
             raise _Stop
 
     def _move(self, how: Callable[[], None]) -> None:
-        """Go on to the next step, deep inside the script."""
+        """Go on to the next step, deep inside the script, whose handlers must not see what goes wrong here: `run` raises it."""
         try:
             how()
-        except Fault as fault:
-            self.fault = fault
-            raise _Stop from fault
+        except Exception as e:
+            self.fault = e
+            raise _Stop from e
 
     def _begin(self) -> None:
         chunks = live_models(self.outputs.optimizers)
