@@ -11,6 +11,7 @@ from torch import nn
 from capture.check import replayed
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.read_floats import ROWS, other_data
+from trainverify.capture import scripted
 from trainverify.capture.script import Command, Scripts, load_scripts, parse_command, parse_scripts
 from trainverify.capture.scripted import live_models
 from trainverify.capture.session import capture
@@ -292,6 +293,14 @@ def test_a_module(folder):
 def test_a_script_that_cannot_be_used(folder, arguments, code, message):
     captured = run(f"train.py {arguments}", "train.py", 2)
     assert codes(captured) == [code] and message in captured.diagnostics[0].message and captured.reference is None
+
+
+def test_a_script_does_not_handle_what_goes_wrong_in_ours(folder, monkeypatch):
+    def broken(self, chunks=None):
+        raise ZeroDivisionError("ours")
+    monkeypatch.setattr(scripted._Run, "_begin", broken)
+    (found,) = run("train.py", "train.py --fsdp").diagnostics
+    assert "ZeroDivisionError: ours" in found.message and "never" not in found.message
 
 
 def test_a_pipeline_stops_at_its_messages(folder):
