@@ -1,19 +1,23 @@
 """How much of the bug corpus is found and explained: every spec of tests/bugs, broken and fixed, and correct programs made at random.
 
-    python bench/bugs.py [ID ...] [--generated N] [--json FILE]
+    python bench/bugs.py [ID ...] [--generated N] [--from SEED] [--jobs N] [--json FILE]
 
 A table by class of bugs: found (REFUTED, or UNKNOWN where the spec expects that), the named line right, the class of the diagnosis right, a
-repair that is verified (of those that the spec's BUG calls repairable or that got one), seconds of the broken program's run; then false alarms.
-One process has torch loaded and forks the runs.
+repair that is verified (of those that the spec's BUG calls repairable or that got one), fixed programs that are proved, false alarms, and CPU
+seconds of both programs. One process has torch loaded and forks the runs, as many at a time as there are cores; how many does not change the table.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "bugs"
@@ -21,7 +25,7 @@ sys.path.insert(0, str(TESTS))
 
 from test_bugs import BUGS, Bug, faults, named_lines, not_equal  # noqa: E402
 
-from trainverify.cases import Run, run_all  # noqa: E402
+from trainverify.cases import Run, preload, run_all  # noqa: E402
 from trainverify.engine.options import Options  # noqa: E402
 from trainverify.report.model import Report  # noqa: E402
 
@@ -32,9 +36,11 @@ GENERATED = "import sys; sys.path.insert(0, {folder!r})\nfrom generated import p
 
 
 def one(path: Path, case: dict, repair: bool) -> tuple[Report, float]:
-    started = time.perf_counter()
-    (report,) = run_all([Run(path, Options(case=case, repair=repair))], True, lambda text: "")
-    return report, time.perf_counter() - started
+    """The report, and the CPU seconds of the run with all its processes. Each run has one process for its analysis: others run beside it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (report,) = run_all([Run(path, Options(case=case, repair=repair, jobs=1))], True, lambda text: "")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return report, round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
 
 
 def broken(bug: Bug) -> dict:
@@ -44,7 +50,7 @@ def broken(bug: Bug) -> dict:
     diagnosed = {f.diagnosis for f in report.findings} - {""}
     reasons = [o.reason for o in report.outputs] + [f"{d.code} {d.message}" for d in (*report.diagnostics, *(f.diagnostic for f in report.findings))]
     repairs = [f.repair for f in report.findings if f.repair is not None]
-    return {"verdict": report.verdict, "seconds": round(seconds, 1),
+    return {"verdict": report.verdict, "seconds": seconds,
             "found": report.verdict == "REFUTED" or bool(bug.unknown) and report.verdict == "UNKNOWN" and any(bug.unknown in r for r in reasons),
             "line": any(text in line for text in (bug.line, *bug.also) for line in named), "diagnosis": bug.diagnosis in diagnosed,
             "repairable": bug.diagnosis in REPAIRABLE or bool(repairs), "repaired": any(r.verified for r in repairs), "repair": "; ".join(map(str, repairs))}
@@ -53,7 +59,7 @@ def broken(bug: Bug) -> dict:
 def fixed(bug: Bug) -> dict:
     """Whether a correct program alarms, and whether it is proved."""
     report, seconds = one(bug.path, {} if bug.control else {"fixed": True}, False)
-    return {"verdict": report.verdict, "alarm": alarms(report), "seconds": round(seconds, 1)}
+    return {"verdict": report.verdict, "alarm": alarms(report), "seconds": seconds, "why": why(report)}
 
 
 def generated(seed: int) -> dict:
@@ -61,7 +67,14 @@ def generated(seed: int) -> dict:
         spec = Path(folder) / f"generated_{seed}.py"
         spec.write_text(GENERATED.format(folder=str(TESTS), seed=seed))
         report, seconds = one(spec, {}, False)
-    return {"verdict": report.verdict, "alarm": alarms(report), "seconds": round(seconds, 1)}
+    return {"seed": seed, "verdict": report.verdict, "alarm": alarms(report), "seconds": seconds, "why": why(report)}
+
+
+def why(report: Report) -> str:
+    """What a program that is not proved is told."""
+    if report.verdict == "PROVED":
+        return ""
+    return "; ".join(dict.fromkeys([*(f"{d.code} {d.message}" for d in faults(report)), *(o.reason for o in report.outputs if o.verdict != "PROVED")]))[:300]
 
 
 def alarms(report: Report) -> bool:
@@ -70,7 +83,7 @@ def alarms(report: Report) -> bool:
 
 def table(rows: Sequence[dict]) -> str:
     """By class; each column as "right/of"."""
-    head = f"{'class':<26} {'bugs':>5} {'found':>7} {'line':>7} {'class':>7} {'repair':>7} {'proved':>7} {'alarms':>7} {'seconds':>8}"
+    head = f"{'class':<26} {'bugs':>5} {'found':>7} {'line':>7} {'class':>7} {'repair':>7} {'proved':>7} {'alarms':>7} {'CPU s':>7}"
     lines = [head, "-" * len(head)]
     groups = {letter: [r for r in rows if r["id"][0] == letter] for letter in CLASSES}
     for name, its in [*((f"{letter}  {CLASSES[letter]}", its) for letter, its in groups.items() if its), ("all", list(rows))]:
@@ -80,7 +93,7 @@ def table(rows: Sequence[dict]) -> str:
         cells.append(f"{sum(b['repaired'] for b in repairable)}/{len(repairable)}")
         cells.append(f"{sum(r['fixed']['verdict'] == 'PROVED' for r in its)}/{len(its)}")
         cells.append(str(sum(r["fixed"]["alarm"] for r in its)))
-        lines.append(f"{name:<26} {len(bugs):>5} " + " ".join(f"{c:>7}" for c in cells) + f" {sum(b['seconds'] for b in bugs):>8.0f}")
+        lines.append(f"{name:<26} {len(bugs):>5} " + " ".join(f"{c:>7}" for c in cells) + f" {sum(b['seconds'] for b in bugs) + sum(r['fixed']['seconds'] for r in its):>7.0f}")
     return "\n".join(lines)
 
 
@@ -91,27 +104,51 @@ def misses(rows: Sequence[dict]) -> list[str]:
         b = r["broken"]
         wrong = [what for what in ("found", "line", "diagnosis") if b and not b[what]] + (["repair"] if b and b["repairable"] and not b["repaired"] else [])
         wrong += ["ALARM ON THE CORRECT PROGRAM"] if r["fixed"]["alarm"] else []
+        wrong += [f"fixed is {r['fixed']['verdict']} ({r['fixed']['why']})"] if r["fixed"]["verdict"] != "PROVED" else []
         if wrong:
             out.append(f"  {r['id']}: {', '.join(wrong)}")
     return out
+
+
+def run(tasks: Sequence[tuple[str, Callable, object]], jobs: int) -> list:
+    """What each task (words, function, argument) gives, in order; so many at a time, in forks of this process."""
+    preload()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        futures = [pool.submit(function, argument) for _, function, argument in tasks]
+        for i, ((words, _, _), future) in enumerate(zip(tasks, futures), 1):
+            future.add_done_callback(lambda done, i=i, words=words: said(f"{i} of {len(tasks)}: {words}", done))
+        return [f.result() for f in futures]
+
+
+def said(words: str, done: Future) -> None:
+    told = "" if done.cancelled() or done.exception() is not None else f": {done.result()['verdict']}, {done.result()['seconds']} s"
+    print(words + told, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", nargs="*", metavar="ID", help="bugs, as in tests/bugs (default: all)")
     parser.add_argument("--generated", type=int, default=200, metavar="N", help="correct programs made at random (default: 200)")
+    parser.add_argument("--from", type=int, default=0, metavar="SEED", dest="start", help="the first of them (default: 0)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="runs at a time (default: one for each core)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
-    chosen = [b for b in BUGS if not args.ids or b.id.upper() in {i.upper() for i in args.ids}]
-    rows = []
-    for i, bug in enumerate(chosen, 1):
-        print(f"{i} of {len(chosen)}: {bug.path.stem}", file=sys.stderr, flush=True)
-        rows.append({"id": bug.id.upper(), "broken": None if bug.control else broken(bug), "fixed": fixed(bug)})
-    made = [generated(seed) for seed in range(args.generated)]
-    print("\n".join([table(rows), "", "missed:", *(misses(rows) or ["  nothing"])]))
-    print("\nrepairs:\n" + "\n".join(f"  {r['id']}: {r['broken']['repair']}" for r in rows if r["broken"] and r["broken"]["repair"]))
+    started = time.perf_counter()
+    chosen = [b for b in BUGS if not args.ids or {b.id.upper(), b.id.upper()[0]} & {i.upper() for i in args.ids}]
+    seeds = range(args.start, args.start + args.generated)
+    tasks = [(b.path.stem, broken, b) for b in chosen if not b.control] + [(f"{b.path.stem}, {'a control' if b.control else 'fixed'}", fixed, b) for b in chosen]
+    results = iter(run([*tasks, *((f"generated {seed}", generated, seed) for seed in seeds)], args.jobs))
+    first = {b.id: next(results) for b in chosen if not b.control}
+    rows = [{"id": b.id.upper(), "broken": first.get(b.id), "fixed": next(results)} for b in chosen]
+    made = list(results)
+    if rows:
+        print("\n".join([table(rows), "", "missed:", *(misses(rows) or ["  nothing"])]))
+        print("\nrepairs:\n" + "\n".join(f"  {r['id']}: {r['broken']['repair']}" for r in rows if r["broken"] and r["broken"]["repair"]))
     if made:
-        print(f"\n{sum(m['alarm'] for m in made)} of {len(made)} generated correct programs alarm; {sum(m['verdict'] == 'PROVED' for m in made)} are proved")
+        print(f"\n{sum(m['alarm'] for m in made)} of {len(made)} generated correct programs alarm; {sum(m['verdict'] == 'PROVED' for m in made)} are proved;"
+              f" {sum(m['seconds'] for m in made):.0f} CPU seconds")
+        print("\n".join(f"  seed {m['seed']}: {m['verdict']}: {m['why']}" for m in made if m["verdict"] != "PROVED"))
+    print(f"\n{time.perf_counter() - started:.0f} seconds, {args.jobs} at a time")
     if args.json:
         args.json.write_text(json.dumps({"bugs": rows, "generated": made}, indent=2) + "\n")
 
