@@ -227,9 +227,9 @@ def rerun_line(report: Report, options: Options) -> str:
 
 
 def _rerun_options(options: Options) -> list[str]:
-    words = ["--steps", str(options.steps)] if options.steps != Options().steps else []
+    words = ["--steps", str(options.steps)] if options.steps != (1 if options.full_size else Options().steps) else []
     words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
-    words += [word for word, asked in (("--no-repair", not options.repair), ("--reduce", options.reduce), ("--cross-check", options.cross_check)) if asked]
+    words += [word for word, asked in (("--no-repair", not options.repair), ("--full-size", options.full_size), ("--reduce", options.reduce and not options.full_size), ("--cross-check", options.cross_check)) if asked]
     return words
 
 
@@ -284,7 +284,7 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         findings, explained, analysis.diagnostics = told.findings, told.explained, told.diagnostics
         analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
         if options.repair:
-            findings = _repaired(reference, parallel, analysis, told, extra_rows, options, progress)
+            findings = _repaired(reference, parallel, analysis, told, options, progress)
         report.counterexample = _counterexample(analysis, told, reference, parallel, report.spec, options, progress)
     elif options.counterexample is not None:
         analysis.diagnostics.append(_no_counterexample("no output is refuted"))
@@ -307,12 +307,12 @@ def _self_test(report: Report, analysis, reference, parallel, options: Options, 
     report.phases.append(Phase("self-test", time.perf_counter() - clock, f"{report.self_test.replayed:,} calls"))
 
 
-def _repaired(reference, parallel, analysis, told, extra_rows, options: Options, progress: Callable) -> list:
+def _repaired(reference, parallel, analysis, told, options: Options, progress: Callable) -> list:
     """The findings with the repairs that were tried and mend them."""
     from trainverify.diagnose.repair import Job, repaired
 
     clock = time.perf_counter()
-    job = Job(reference, parallel, analysis, told, options.seed, options.accept, extra_rows, options.jobs, progress)
+    job = Job(reference, parallel, analysis, told, options.seed, options.accept, progress)
     findings = repaired(job)
     if job.trials:
         analysis.phases.append(Phase("repair", time.perf_counter() - clock, f"{job.trials} trials"))

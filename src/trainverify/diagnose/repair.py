@@ -1,12 +1,12 @@
 """Tries repairs: the recorded program is edited, compared again, and proved (not trusted to find one; what it calls verified has the proof).
 
 A candidate is first replayed in the field alone, up to the end of the first wrong step. Only one under which everything that its
-finding explains there is equal is replayed to the end, and then verified by the same analysis as the program itself. How much is
+finding explains there is equal is replayed to the end, and then proved by the same prover as the program itself. How much is
 tried is counted, not timed: the same run gives the same repairs.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -15,14 +15,15 @@ from trainverify.diagnose.candidates import Candidate, Maker
 from trainverify.diagnose.edit import Edit, applied
 from trainverify.diagnose.explain import Explanation
 from trainverify.diagnostics import Fault
-from trainverify.engine.analysis import Analysis, analyse
-from trainverify.engine.prove import Lineages
+from trainverify.engine.analysis import Analysis
+from trainverify.engine.prove import Lineages, prove_programs
+from trainverify.engine.verdict import BLOCKING
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Comparison, Key
 from trainverify.relate.symbols import Binder
 from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Hooks
-from trainverify.replay.run import replay
+from trainverify.replay.run import World, replay
 from trainverify.report.model import Finding, Repair
 
 CANNOT_RUN = (ReplayError, RuntimeError, ValueError, LookupError, ArithmeticError, Fault)   # what an edit that does not fit the program makes of a replay
@@ -39,10 +40,26 @@ class Job:
     told: Explanation
     seed: int = 0
     accept: tuple[str, ...] = ()
-    extra_rows: tuple = ()
-    jobs: int = 1
     progress: Callable = lambda *a, **k: None
     trials: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An edited program, replayed in the field."""
+
+    program: Program
+    world: World
+    comparison: Comparison
+
+    def still_wrong(self, keys: Iterable[Key]) -> set[Key]:
+        """Those of these outputs that differ, or that no rank holds."""
+        return _wrong(self.comparison, keys)
+
+
+def _wrong(comparison: Comparison, keys: Iterable[Key]) -> set[Key]:
+    held = {k: comparison.compared[k] for k in keys}
+    return {k for k, c in held.items() if not c.pieces or c.missing or c.problems or any(p.wrong("field") for p in c.pieces)}
 
 
 def repaired(job: Job) -> list[Finding]:
@@ -51,16 +68,17 @@ def repaired(job: Job) -> list[Finding]:
     if not wrong or job.told.diagnosis is None or job.analysis.second is None:
         return job.told.findings
     concerned = _concerned(job, wrong)
-    edit, chosen = _chosen(job, concerned, wrong)
-    if not chosen:
+    chosen, trial = _chosen(job, concerned, wrong)
+    if trial is None:
         return job.told.findings
-    verdicts = _verdicts(job, edit)
+    proved, broken = _verdicts(job, trial)
     out = list(job.told.findings)
+    before = _wrong(job.analysis.second.comparison, job.analysis.second.comparison.compared)
     for i, candidate in chosen.items():
         keys = concerned[i]
-        proved = sum(verdicts.get(k) == "PROVED" for k in keys)
-        if all(verdicts.get(k) in ("PROVED", "equal") for k in keys) and not any(v == "REFUTED" for k, v in verdicts.items() if k not in wrong):
-            out[i] = msgspec.structs.replace(out[i], repair=Repair(candidate.text, proved == len(keys), proved, len(keys)))
+        if not broken & keys and broken <= before:
+            n = len(keys & proved)
+            out[i] = msgspec.structs.replace(out[i], repair=Repair(candidate.text, n == len(keys), n, len(keys)))
     return out
 
 
@@ -74,12 +92,13 @@ def _concerned(job: Job, wrong: set[Key]) -> dict[int, set[Key]]:
     return out
 
 
-def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[Edit, dict[int, Candidate]]:
+def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[dict[int, Candidate], Trial | None]:
     """For each finding the first candidate that makes its outputs equal, on top of those of the findings before it; or else the most
-    likely candidates of all findings together (clipping makes every gradient wrong until the last cause is gone)."""
+    likely candidates of all findings together (clipping makes every gradient wrong until the last cause is gone). With the whole program so edited."""
     maker = Maker(job.told.diagnosis)
     step = min(k[2] for k in wrong)
-    edit, chosen, right = Edit(), {}, set()
+    first = {k for k in wrong if k[2] == step}
+    edit, chosen, right, whole = Edit(), {}, set(), None
     likely: dict[int, Candidate] = {}
     for i, cause in enumerate(job.told.causes):
         early = {k for k in concerned[i] if k[2] == step}
@@ -90,26 +109,35 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
             both = edit.joined(candidate.edit)
             if both is None or job.trials >= MOST_TRIALS:
                 continue
-            still = _still_wrong(job, applied(job.parallel, both), wrong, step)
-            if not still & early and not _still_wrong(job, applied(job.parallel, both), wrong, 0) & concerned[i]:
-                edit, right, chosen[i] = both, wrong - still, candidate
+            edited = applied(job.parallel, both)
+            tried = _tried(job, edited, step)
+            if tried is None or (still := tried.still_wrong(first)) & early:
+                continue
+            tried = _tried(job, edited)
+            if tried is not None and not tried.still_wrong(concerned[i]):
+                edit, right, whole, chosen[i] = both, first - still, tried, candidate
                 break
     if not chosen and len(likely) > 1:
-        return _together(job, likely, wrong, step)
-    return edit, chosen
+        return _together(job, likely, first, wrong, step)
+    return chosen, whole
 
 
-def _together(job: Job, likely: dict[int, Candidate], wrong: set[Key], step: int) -> tuple[Edit, dict[int, Candidate]]:
+def _together(job: Job, likely: dict[int, Candidate], first: set[Key], wrong: set[Key], step: int) -> tuple[dict[int, Candidate], Trial | None]:
     edit: Edit | None = Edit()
     for candidate in likely.values():
         edit = edit and edit.joined(candidate.edit)
-    if edit is None or any(_still_wrong(job, applied(job.parallel, edit), wrong, until) for until in (step, 0)):
-        return Edit(), {}
-    return edit, likely
+    if edit is None:
+        return {}, None
+    edited = applied(job.parallel, edit)
+    tried = _tried(job, edited, step)
+    if tried is None or tried.still_wrong(first):
+        return {}, None
+    tried = _tried(job, edited)
+    return ({}, None) if tried is None or tried.still_wrong(wrong) else (likely, tried)
 
 
-def _still_wrong(job: Job, program: Program, wrong: set[Key], step: int) -> set[Key]:
-    """Which of these outputs (of this step; 0: of all) differ in the field when the edited program is replayed."""
+def _tried(job: Job, program: Program, step: int = 0) -> Trial | None:
+    """The edited program replayed in the field, up to the end of a step (0: to its own end); None if it cannot run."""
     job.trials += 1
     job.progress("repair", f"candidate {job.trials}")
     watched, symbols = job.analysis.second, job.analysis.symbols
@@ -120,9 +148,8 @@ def _still_wrong(job: Job, program: Program, wrong: set[Key], step: int) -> set[
         comparison = Comparison(symbols, [watched.field], watched.reference, world, found)
         comparison.run()
     except CANNOT_RUN:
-        return set(wrong)
-    held = {k: comparison.compared[k] for k in wrong if step in (0, k[2])}
-    return {k for k, c in held.items() if not c.pieces or c.missing or c.problems or any(p.wrong("field") for p in c.pieces)}
+        return None
+    return Trial(program, world, comparison)
 
 
 def _until(program: Program, step: int) -> Program:
@@ -134,11 +161,16 @@ def _until(program: Program, step: int) -> Program:
     return Program(traces, program.blobs)
 
 
-def _verdicts(job: Job, edit: Edit) -> dict[Key, str]:
-    """The verdicts on the edited program: PROVED, REFUTED, equal (all but the proof), or UNKNOWN."""
+def _verdicts(job: Job, trial: Trial) -> tuple[set[Key], set[Key]]:
+    """The outputs of the edited program that are proved, and those that are wrong."""
+    compared = set(trial.comparison.compared)
+    broken = trial.still_wrong(compared)
+    if any(d.code in BLOCKING for m in trial.world.machines for d in m.diagnostics):
+        return set(), compared
     try:
-        again = analyse(job.reference, applied(job.parallel, edit), seed=job.seed, accept=job.accept, extra_rows=job.extra_rows, jobs=job.jobs,
-                        progress=lambda phase, *a, **k: job.progress("repair", phase))
+        proof = prove_programs(job.reference, trial.program, job.analysis.table, job.analysis.symbols, 2 * job.seed + 3, job.accept,
+                               lambda phase, *a, **k: job.progress("repair", phase),
+                               lambda: Lineages(trial.comparison.ref_lineage, trial.comparison.lineage))
     except CANNOT_RUN:
-        return {}
-    return {j.key: "equal" if j.verdict == "UNKNOWN" and not j.code and j.reason.startswith("equal at") else j.verdict for j in again.judgements}
+        return set(), compared
+    return set(proof.proved) - broken, broken
