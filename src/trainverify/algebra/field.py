@@ -20,20 +20,20 @@ from trainverify.algebra.base import Number
 from trainverify.algebra.constants import Constants, Rounding
 from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NEG_INF, P_BAD, POS_INF, Q_BAD, ROOTED, SETTLED, TAINT, Cell, FieldValue, any_of,
                                             both_signs, broadcast, codes, floats, is_dense, is_garbage, joined, spread_dims, sum_signs)
-from trainverify.kernel.hashtable import HashTable
 from trainverify.algebra.maxsets import MaxSets
 from trainverify.algebra.order import Order
 from trainverify.algebra.powers import Powers
 from trainverify.algebra.primes import MOD, MOD_P, MOD_Q, mix, pack_p, pack_q
 from trainverify.algebra.real import FUNCTIONS
+from trainverify.algebra.roots import Roots
+from trainverify.kernel.hashtable import HashTable
 
 I64, F64 = torch.int64, torch.float64
 _ONE_P, _ONE_Q = (1 << 31) | 1, (1 << 32) | (1 << 2)
 _TINY = 2.0 ** -50
-_SMALL = 1024                                 # elements
 
 
-class Field(Order, Powers):
+class Field(Order, Roots, Powers):
     """One random point: all symbols and hashes derive from the seed. Replay the reference first, then begin_side("parallel")."""
 
     name = "field"
@@ -48,7 +48,7 @@ class Field(Order, Powers):
         self._keys = torch.tensor([primes.key(seed, f"component{i}") for i in range(4)])
         self._purposes: dict[str, int] = {}
         self._literals: dict[tuple, FieldValue] = {}
-        self._q_of_p, self._p_of_q, self._squares, self._nonnegative = HashTable(), HashTable(), HashTable(width=2), HashTable()
+        self._q_of_p, self._p_of_q, self._squares = HashTable(), HashTable(), HashTable(width=3)
         known_p, known_q = torch.tensor([0, _ONE_P]).numpy(), torch.tensor([0, _ONE_Q]).numpy()
         self._q_of_p.put(known_p, known_q[:, None])
         self._p_of_q.put(known_q, known_p[:, None])
@@ -252,41 +252,6 @@ class Field(Order, Powers):
         sgn = value.sgn * self.constants.odd(factor.num)
         return sgn.expand(shape) if sgn.any() else None
 
-    def _square_of(self, root: FieldValue) -> tuple[torch.Tensor, FieldValue]:
-        """Where the square of a value is remembered, and the squares."""
-        found, packed = self._squares.get(pack_p(root.res).reshape(-1).numpy())
-        packed = torch.from_numpy(packed)
-        q, sgn = primes.unpack_q(packed[:, 1])
-        res = torch.cat([primes.unpack_p(packed[:, 0]), q]).reshape(root.res.shape)
-        square = FieldValue(root.shape, res, sgn=sgn.reshape(root.shape) if sgn.any() else None, flags=root.flags & TAINT)
-        return torch.from_numpy(found).reshape(root.shape), square
-
-    def _remembered_squares(self, a, b, product: FieldValue) -> FieldValue:
-        same = (a.res == b.res).all(0)
-        if not same.any():
-            return product
-        found, square = self._square_of(a)
-        use = same & found
-        sgn = None if square.sgn is None else square.sgn * use
-        return self._value(torch.where(use, square.res, product.res), product.sp, sgn, product.flags | square.flags)
-
-    def _scaled_root(self, root: FieldValue, factor: FieldValue, product: FieldValue) -> FieldValue:
-        """(c s)^2 is c^2 s^2 for a constant c and a root s (norms are divided by the root of a number of ranks)."""
-        root = self.expand(root, product.shape)
-        found, square = self._square_of(root)
-        return self._remember_square(product, self._mul(square, self.mul(factor, factor)), found)
-
-    def _remember_square(self, root: FieldValue, square: FieldValue, only: torch.Tensor | None = None) -> FieldValue:
-        """root, marked: mul(root, root) is square."""
-        prints = pack_p(root.res).reshape(-1)
-        res = self._lift(square).reshape(4, -1)
-        packed = torch.stack([pack_p(res), pack_q(res[2:], None if square.sgn is None else square.sgn.reshape(-1))], 1)
-        if only is not None:
-            prints, packed = prints[only.reshape(-1)], packed[only.reshape(-1)]
-        self._squares.put(prints.numpy(), packed.numpy())
-        root.flags |= ROOTED | square.flags & TAINT
-        return root
-
     def inv(self, a):
         if a.num is not None:
             return self._fold(a.num.reciprocal(), lambda: self._inv(a))
@@ -415,20 +380,6 @@ class Field(Order, Powers):
         h = mix(pack_q(q, sgn) ^ self._key("p of q"))
         p = primes.spread(h, self._keys[:2], MOD_P)
         return self._value(torch.cat([p, q]), sp, sgn, P_BAD)
-
-    def sqrt(self, a):
-        if a.num is not None:
-            return self._fold(a.num.sqrt(), lambda: self._sqrt(a))
-        a = self._operand_p(a)
-        if self._phase == "optimizer" and math.prod(a.shape) > _SMALL:
-            return self._sqrt(a)              # of second moments: nobody squares them again
-        return self._remember_square(self._note_nonnegative(self._sqrt(a)), a)
-
-    def _sqrt(self, a):
-        sp = None if a.sp is None else codes(torch.where(a.sp == NEG_INF, math.nan, floats(a)), is_garbage(a))
-        if a.num is not None:                 # keeps roots of constants consistent modulo Q too
-            return self._value(primes.sqrt(self._lift(a), primes.MODULI), sp)
-        return self._from_p(primes.sqrt(a.res[:2], primes.P), sp)
 
     def pow(self, a, q: Number):
         return self._fold(a.num.pow(float(q)), lambda: self._pow(a, q)) if a.num is not None else self._pow(a, q)

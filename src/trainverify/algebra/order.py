@@ -136,7 +136,7 @@ class Order:
         out = self._value(res, self._compare_garbage(a, b, res.shape[1:]))
         if a.sp is not None or b.sp is not None:
             out.res = self._decided(op, a, b, out.res)
-        return self._remember_square(self._note_nonnegative(out), out)
+        return self._remember_square(out, out)
 
     def _greater(self, a, b) -> torch.Tensor:
         d = self._operand_p(self._linear(self._operand_p(a), self._operand_p(b), torch.sub))
@@ -148,16 +148,6 @@ class Order:
             never = (a.num <= 0) & self._is_nonnegative(b)
             atom = atom.masked_fill(never.expand(atom.shape[1:]), 0)
         return atom
-
-    def _is_nonnegative(self, v: FieldValue) -> torch.Tensor:
-        """Whether v is known as the result of a root, an absolute value or a comparison."""
-        found, _ = self._nonnegative.get(pack_p(v.res).reshape(-1).numpy())
-        return torch.from_numpy(found).reshape(v.shape)
-
-    def _note_nonnegative(self, v: FieldValue) -> FieldValue:
-        prints = pack_p(v.res).reshape(-1)
-        self._nonnegative.put(prints.numpy(), prints.unsqueeze(-1).numpy())
-        return v
 
     def _without_floor(self, a, b, print_: torch.Tensor) -> torch.Tensor:
         """max(x, c) > d is x > d for constants c <= d."""
@@ -250,7 +240,7 @@ class Order:
         x, y = pack_p(a.res), pack_p(self.neg(a).res)
         res = self._atoms(mix(torch.minimum(x, y) ^ self._key("abs"))).res.masked_fill(x == 0, 0)
         sp = None if a.sp is None else codes(floats(a).abs(), is_garbage(a))
-        return self._remember_square(self._note_nonnegative(self._value(res, sp)), self._mul(a, a))
+        return self._remember_square(self._value(res, sp), self._mul(a, a))
 
     @staticmethod
     def _undefined(a: FieldValue) -> torch.Tensor | None:

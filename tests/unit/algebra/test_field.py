@@ -111,6 +111,16 @@ def test_roots(m):
     assert same(m, m.sqrt(m.scale(a, Fraction(1, 10))), m.div(s, m.const(math.sqrt(10))))
 
 
+def test_roots_are_never_below_zero(m):
+    """Nor are their positive multiples, absolute values and comparisons; negative multiples may be."""
+    a = symbols(m, 10, 20)
+    known = [m.sqrt(a), m.abs(a), m.compare("gt", a, m.const(0)), m.scale(m.sqrt(a), Fraction(1, 3)), m.div(m.abs(a), m.const(7))]
+    for v in known:
+        assert same(m, m.compare("lt", v, m.const(0)), m.const(0, (20,))) and same(m, m.compare("ge", through_memory(m, v), m.const(0)), m.const(1, (20,)))
+    for v in (a, m.neg(m.scale(m.sqrt(a), 1)), m.scale(m.sqrt(a), -2), m.sub(m.abs(a), m.const(1))):
+        assert differ(m, m.compare("lt", v, m.const(0)), m.const(0, (20,)))
+
+
 def test_powers(m):
     a = symbols(m, 10, 4)
     assert same(m, m.pow(a, 5), m.mul(a, m.mul(m.mul(a, a), m.mul(a, a)))) and same(m, m.pow(a, -2), m.inv(m.mul(a, a)))
