@@ -15,7 +15,7 @@ class Training:
 
     model: a Module, or a list of chunks (pipeline stages of one rank). batch: any nesting of dicts, lists and tensors (reference
     only). save(dir) writes a checkpoint (reference only; default: the state dict as safetensors). finish() is called once after
-    the steps, for what is deferred to a next forward.
+    the steps, for what is deferred to a next forward; with it, a step's parameters are compared as the next step's optimizer meets them.
     """
 
     model: Any

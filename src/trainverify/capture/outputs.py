@@ -1,6 +1,7 @@
 """What is compared, named at its place in the trace: scalars, gradients, parameters, buffers, optimizer state (trusted: nothing else is looked at).
 
-Gradients are read when an optimizer is about to, after all hooks of its own. Everything else is read when step() has returned.
+Gradients are read when an optimizer is about to, after all hooks of its own. Everything else is read when step() has returned, but for parameters
+that a program completes later: those are read when the next step has used them and no optimizer has changed them yet.
 """
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Outputs:
         self._parameters: list[tuple[torch.optim.Optimizer, torch.Tensor]] = []   # that were stepped; some libraries show each to the optimizer for a step only
         self._names: dict[int, str] = {}
         self._last_hooks: dict[int, Any] = {}
-        self._emitted: set[tuple[str, str]] = set()
+        self._late: int | None = None              # a step whose parameters are read in the next one
+        self._emitted: set[tuple[str, str, int]] = set()
         self.settings: list[dict[str, Any]] = []   # of each optimizer's groups, as it makes its first step
         self._integers: dict[str, int] = {}
         self._patches = Patches()
@@ -91,6 +93,7 @@ class Outputs:
         self.recorder.spans.optimizers += 1
         if not self.step or _wraps_another(optimizer):
             return
+        self._read_late()
         if not any(o is optimizer for o in self._stepped):
             self._stepped.append(optimizer)
         self._meet(optimizer)
@@ -134,6 +137,7 @@ class Outputs:
         """Scalars that step() returned, buffers and optimizer state."""
         if reported is not None and not isinstance(reported, Mapping):
             raise Fault(Diagnostic("SPEC011", f"step() returned a {type(reported).__name__}", fix='Return a dict of scalars like {"loss": loss}, or None.'))
+        self._read_late()
         for name, value in (reported or {}).items():
             self._scalar(str(name), value)
         for optimizer, parameter in self._parameters:
@@ -142,8 +146,28 @@ class Outputs:
 
     def parameters(self) -> None:
         """Parameters and buffers as they are now."""
+        self._read_parameters()
+        self._read_buffers()
+
+    def parameters_later(self) -> None:
+        """Buffers as they are now, parameters as the next step's first optimizer meets them: after its forward and backward."""
+        self._read_buffers()
+        if self._stepped:
+            self._late = self.step
+        else:                                  # nothing will say when
+            self._read_parameters()
+
+    def _read_late(self) -> None:
+        if self._late is not None:
+            now, self.step, self._late = self.step, self._late, None
+            self._read_parameters()
+            self.step = now
+
+    def _read_parameters(self) -> None:
         for name, parameter in named_parameters(self.chunks):
             self._emit("parameter", name, self._local(parameter))
+
+    def _read_buffers(self) -> None:
         for name, buffer in named_buffers(self.chunks):
             if is_real_float(buffer) or self._integers.get(name) != self._crc(buffer):
                 self._emit("buffer", name, self._local(buffer))
@@ -191,10 +215,10 @@ class Outputs:
     # ---- helpers
     def _emit(self, kind: str, name: str, value: Any, **more: Any) -> None:
         key, n = name, 1
-        while (kind, key) in self._emitted:    # a second optimizer step within one step()
+        while (kind, key, self.step) in self._emitted:    # a second optimizer step within one step()
             n += 1
             key = f"{name}#{n}"
-        self._emitted.add((kind, key))
+        self._emitted.add((kind, key, self.step))
         self.recorder.emit("tv.output", kind, key, self.step, value, **more)
 
     @staticmethod

@@ -307,7 +307,7 @@ class Session:
             reported = call_through(training.step, (), {})
             self.outputs.after_step(reported)
             if n < last:
-                self.outputs.parameters()
+                self.outputs.parameters() if training.finish is None else self.outputs.parameters_later()
         if training.finish is not None:
             call_through(training.finish, (), {})
         self.outputs.parameters()

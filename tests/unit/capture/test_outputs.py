@@ -117,6 +117,17 @@ def test_finish_comes_before_the_last_parameters(captured):
     assert len([c for c in calls(trace, "tv.output") if c.args[:3] == ("parameter", "unused", 2)]) == 1
 
 
+def test_with_finish_a_steps_parameters_are_those_that_the_next_optimizer_meets(captured):
+    trace = captured("gathered_in_the_forward").program.traces[0]
+    completed = [c.index for c in trace.ops if c.name == "aten.add_.Tensor" and c.args[1] == 3]
+    stepped = [c.index for c in calls(trace, "tv.output") if c.args[:3] == ("gradient", "embed.weight", 2)]
+    assert completed[0] < outputs(trace, "parameter", 1)["unused"].index < stepped[0] < completed[1] < outputs(trace, "parameter", 2)["unused"].index
+    assert set(outputs(trace, "parameter", 1)) == set(outputs(trace, "parameter", 2))
+    means = [outputs(trace, "buffer", step)["norm.running_mean"].index for step in (1, 2)]
+    assert means[0] < completed[0]             # the next forward changes it
+    assert means[1] > stepped[0]
+
+
 def test_gradients_are_read_after_the_optimizers_own_hooks(captured):
     trace = captured("changed_by_a_hook").program.traces[0]
     for step in (1, 2):

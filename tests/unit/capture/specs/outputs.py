@@ -71,6 +71,25 @@ def late(ref):
     return training
 
 
+def gathered_in_the_forward(ref):
+    """A parameter that is behind after each step, and completed by the next forward (finish(), after the last one)."""
+    net, optimizer, data = build(ref.weights, ref.batch)
+    behind = []
+
+    def catch_up():
+        if behind:
+            net.unused.data.add_(behind.pop())
+
+    net.register_forward_pre_hook(lambda module, args: catch_up())
+    one = step_of(net, optimizer, data, lambda loss: None)
+
+    def step():
+        one()
+        behind.append(3)
+
+    return tv.Training(net, step, finish=catch_up)
+
+
 def changed_by_a_hook(ref):
     """The optimizer's own hook changes gradients after the global ones have run."""
     net, optimizer, data = build(ref.weights, ref.batch)
