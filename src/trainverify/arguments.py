@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--no-repair", action="store_true", help="where outputs differ, do not try what would mend them")
     verify.add_argument("--self-test", action="store_true", help="also plant bugs in the recorded program, and say which of them this spec would show")
     verify.add_argument("--reduce", action="store_true", help="verify at small sizes that stand for the recorded ones (pip install trainverify[shapes]; docs/shape-reduction.md)")
+    _full_size(verify)
     verify.add_argument("--cross-check", action="store_true", help="with --reduce: at a second choice of small sizes too")
     verify.add_argument("--second-opinion", choices=("z3", "cvc5"), default="", help="ask this prover about every obligation that was proved (pip install trainverify[smt])")
     verify.add_argument("--certificate", metavar="FILE", type=_new_file, help="write the proved obligations, for `trainverify recheck`")
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     capture = _command(commands, "capture", "run both sides and keep their traces in a folder", _CAPTURE_EXITS)
     capture.add_argument("path", metavar="SPEC.py", type=_spec)
     capture.add_argument("-o", "--output", metavar="DIR", type=_new_folder, required=True, help="folder for the traces, which `trainverify verify DIR` works from")
+    _full_size(capture)
     _capture_arguments(capture)
     capture.set_defaults(command="capture")
 
@@ -106,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     shapes = _command(commands, "shapes", "which dimensions have the same indices, and the sizes of a reduction; proves nothing", _LINEAGE_EXITS)
     shapes.add_argument("path", metavar="SPEC.py|DIR", type=_existing, help="the spec, or a folder that `trainverify capture` wrote")
     shapes.add_argument("--format", choices=("text", "json"), default="text", help="(default: text)")
+    _full_size(shapes)
     _capture_arguments(shapes)
     shapes.set_defaults(command="shapes")
 
@@ -129,6 +132,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, what: str, epilog: str = "") -> argparse.ArgumentParser:
     return commands.add_parser(name, help=what, description="\n".join(wrap("", f"{what[0].upper()}{what[1:]}.", WIDTH - 2)), epilog=epilog)
+
+
+def _full_size(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--full-size", action="store_true", help="capture real sizes without memory: floats have no values; implies --reduce, and one step unless --steps says more (docs/shape-reduction.md)")
 
 
 def _capture_arguments(p: argparse.ArgumentParser) -> None:

@@ -107,10 +107,11 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     """What the engine is told: the command line, else the project's table, else the defaults."""
     options = importlib.import_module("trainverify.engine.options").Options
     given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
-    given = {k: v for k, v in given.items() if v is not None}
+    full_size = getattr(args, "full_size", False)
+    given = {**({"steps": 1} if full_size else {}), **{k: v for k, v in given.items() if v is not None}}
     return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), repair=not getattr(args, "no_repair", False),
                    cache=not getattr(args, "no_cache", True), stand_ins=args.stand_in,
-                   reduce=getattr(args, "reduce", False), cross_check=getattr(args, "cross_check", False),
+                   reduce=getattr(args, "reduce", False) or full_size, full_size=full_size, cross_check=getattr(args, "cross_check", False),
                    **given, **more)
 
 
@@ -126,11 +127,11 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
         return _verify_scripts(args, argv, asked)
     if args.local or args.skip:
         return _usage("verify: error: --local and --skip are for scripts: there is no --reference")
-    if args.cross_check and not args.reduce:
+    if args.cross_check and not (args.reduce or args.full_size):
         return _usage("verify: error: --cross-check is for --reduce")
     if args.path is None or args.all_cases:
         return _usage(f"verify: error: {asked[0]} is for one case of one spec") if asked else _verify_all(args, argv)
-    fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
+    fixed = [f"--{name.replace('_', '-')}" for name in ("ranks", "case", "steps", "timeout", "full_size") if getattr(args, name, None)]
     if fixed and args.path.is_dir():
         return _usage(f"verify: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
     options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, self_test=args.self_test, second_opinion=args.second_opinion,
@@ -153,7 +154,7 @@ def _verify_scripts(args: argparse.Namespace, argv: list[str], asked: list[str])
     lines = [*args.runs, *([args.script] if args.script else [])]
     wrong = ("scripts need --reference \"SCRIPT ...\"" if not args.reference else "scripts need a parallel command line, after -- or in --run" if not lines else
              f"{args.path} is a spec, and --reference a script: give one of them" if args.path is not None else
-             "--case and --all-cases are for specs" if args.case or args.all_cases else f"{asked[0]} is for one parallel command line" if asked and len(lines) > 1 else "")
+             "--case and --all-cases are for specs" if args.case or args.all_cases else "--full-size is for specs" if args.full_size else f"{asked[0]} is for one parallel command line" if asked and len(lines) > 1 else "")
     if wrong:
         return _usage(f"verify: error: {wrong}")
     try:
@@ -239,41 +240,40 @@ def _capture(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _lineage(args: argparse.Namespace, argv: list[str]) -> int:
-    """One step unless more are asked for: the next ones mostly repeat it."""
     from trainverify.report import lineage
-    from trainverify.report.model import Report
-    from trainverify.report.text import diagnostic_lines
-    fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
-    if fixed and args.path.is_dir():
-        return _usage(f"lineage: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
-    args.steps = args.steps or 1
-    table = _run(args, options := _options(args, _case_given(args)), "lineage_table", args.path, options)
-    if isinstance(table, Report):
-        print("\n".join(line for d in table.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
-        return table.exit_code
+    table = _listed(args, "lineage_table")
+    if isinstance(table, int):
+        return table
     if beyond := [r for r in args.rank if not 0 <= r < table.ranks]:
         return _usage(f"lineage: error: there is no rank {beyond[0]}: the program has ranks 0 to {table.ranks - 1}")
-    found = lineage.selected(table, args.rank, args.op)
-    with _printing():
-        sys.stdout.write(lineage.encode(found).decode() if args.format == "json" else lineage.render(found))
-    return 0
+    return _print_listing(args, lineage, lineage.selected(table, args.rank, args.op))
 
 
 def _shapes(args: argparse.Namespace, argv: list[str]) -> int:
-    """One step unless more are asked for: the next ones mostly repeat it."""
     from trainverify.report import shapes
+    found = _listed(args, "shape_classes")
+    return found if isinstance(found, int) else _print_listing(args, shapes, found)
+
+
+def _listed(args: argparse.Namespace, entry: str) -> Any:
+    """What the engine lists of one step, unless more are asked for (the next ones mostly repeat it); the exit code if it cannot."""
     from trainverify.report.model import Report
     from trainverify.report.text import diagnostic_lines
-    fixed = [f"--{name}" for name in ("ranks", "case", "steps", "timeout") if getattr(args, name)]
+    fixed = [f"--{name.replace('_', '-')}" for name in ("ranks", "case", "steps", "timeout", "full_size") if getattr(args, name, None)]
     if fixed and args.path.is_dir():
-        return _usage(f"shapes: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
+        return _usage(f"{args.command}: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
     args.steps = args.steps or 1
-    found = _run(args, options := _options(args, _case_given(args)), "shape_classes", args.path, options)
+    options = _options(args, _case_given(args))
+    found = _run(args, options, entry, args.path, options)
     if isinstance(found, Report):
         print("\n".join(line for d in found.diagnostics for line in diagnostic_lines(d)), file=sys.stderr)
         return found.exit_code
+    return found
+
+
+def _print_listing(args: argparse.Namespace, listing: Any, found: Any) -> int:
     with _printing():
-        sys.stdout.write(shapes.encode(found).decode() if args.format == "json" else shapes.render(found))
+        sys.stdout.write(listing.encode(found).decode() if args.format == "json" else listing.render(found))
     return 0
 
 

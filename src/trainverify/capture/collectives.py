@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._distributed_c10d import Work
 
-from trainverify.capture import plans
+from trainverify.capture import meta, plans
 from trainverify.capture.digest import crc
 from trainverify.capture.encode import dtype_name
 from trainverify.capture.futures import Futures
@@ -118,7 +118,7 @@ class Collectives:
         if plan.reduce_op is not None and plan.reduce_op not in REDUCE_OPS:
             raise PlanError(f"reduce op {plan.reduce_op} is not supported")
         for t in (*plan.inputs, *plan.outputs):
-            if t.layout is not torch.strided or t.is_meta:
+            if t.layout is not torch.strided or (t.is_meta and self.recorder.floats is None):
                 raise PlanError(f"{plan.kind} of a {t.layout} tensor on {t.device} is not supported")
             if t.is_conj() or t.is_neg():
                 raise PlanError(f"{plan.kind} of a lazily conjugated or negated tensor: call resolve_conj() first")
@@ -148,7 +148,8 @@ class Collectives:
         if asynchronous:
             return pending
         self._complete(pending)
-        call.digest_out = crc(plan.outputs)
+        if self.recorder.floats is None:
+            call.digest_out = crc(plan.outputs)
         return None
 
     @staticmethod
@@ -215,8 +216,13 @@ class Collectives:
             got = self._message(pending)
         else:
             got = pending.got if pending.ticket is None else self.channel.complete(pending.ticket)
+        if plan.outputs and all(t.is_meta for t in plan.outputs):      # at full size: the others' sizes were compared when they met
+            pending.got = None
+            return
         with unseen():
             for output, ref, value in zip(plan.outputs, pending.refs, self._results(plan, got)):
+                if value.is_meta:
+                    raise Fault(meta.refusal(plan.kind, "another rank computed from floats what this one has as values", self.recorder.spans.span(), self.rank))
                 output.copy_(value.reshape(output.shape))
                 self.recorder.encoder.wrote(output, ref.storage)
         pending.got = None

@@ -15,7 +15,7 @@ import torch
 from torch._C._distributed_c10d import ProcessGroup, ReduceOp
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trainverify.capture.digest import clear, storage_bytes, storage_crc
+from trainverify.capture.digest import clear, sampled_crc, storage_bytes, storage_crc
 from trainverify.ir.trace import Arg, Name, ScalarRef, Sequence, Storage, TensorRef
 
 _BOXED_REDUCE_OPS = {int(v): k.lower() for k, v in ReduceOp.RedOpType.__members__.items()}
@@ -44,7 +44,8 @@ class LazyBits(Exception):
 class Encoder:
     """One rank's storages, and the encoding of everything that a call takes or returns."""
 
-    def __init__(self, pending_scalars: list):
+    def __init__(self, pending_scalars: list, sampled: bool = False):
+        self._crc = sampled_crc if sampled else storage_crc
         self.blobs: dict[str, np.ndarray] = {}
         self.sizes: list[int] = []
         self.present: dict[int, int] = {}      # bytes of the storages that were resized
@@ -79,6 +80,16 @@ class Encoder:
                 self.blobs[f"init.{sid}"] = storage_bytes(storage)
         return sid
 
+    def known(self, storage: torch.UntypedStorage) -> bool:
+        """Whether the storage has a number."""
+        return storage._cdata in self._ids
+
+    def given(self, storage: torch.UntypedStorage, data: np.ndarray) -> None:
+        """A storage without memory (capture/meta.py) whose contents are these bytes."""
+        sid = self.storage(storage, True)
+        self.initial[sid] = True
+        self.blobs[f"init.{sid}"] = data
+
     def resized(self, storage: torch.UntypedStorage) -> int | None:
         """Notes a storage's present size; its number if that differs from what was noted before, else None."""
         sid = self._ids.get(storage._cdata)
@@ -90,7 +101,7 @@ class Encoder:
         self.present[sid] = nbytes
         clear(storage, before)
         if before == 0 or sid in self._watched:
-            self._watched[sid] = storage_crc(storage)
+            self._watched[sid] = self._crc(storage)
         self.sizes[sid] = max(self.sizes[sid], nbytes)
         return sid
 
@@ -98,7 +109,7 @@ class Encoder:
     def wrote(self, t: torch.Tensor, sid: int) -> None:
         """A recorded call has written a tensor."""
         if not t.dtype.is_floating_point:
-            self._watched[sid] = storage_crc(t.untyped_storage())
+            self._watched[sid] = self._crc(t.untyped_storage())
         elif sid in self._watched:
             del self._watched[sid]
 
@@ -106,12 +117,12 @@ class Encoder:
         """A tensor of uninitialised memory: zero it, so that a capture is deterministic, and see whether anyone fills it unseen."""
         storage = t.untyped_storage()
         clear(storage)
-        self._watched[self.storage(storage, True)] = storage_crc(storage)
+        self._watched[self.storage(storage, True)] = self._crc(storage)
 
     def _as_found(self, t: torch.Tensor, sid: int) -> int:
         """The number under which a watched storage is read."""
         storage = t.untyped_storage()
-        now = storage_crc(storage)
+        now = self._crc(storage)
         if self._watched.setdefault(sid, now) == now:
             return sid
         del self._ids[storage._cdata]

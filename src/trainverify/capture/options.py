@@ -10,6 +10,7 @@ class CaptureOptions:
     """steps: how often step() is called; seed: of the symbols' tagged values; timeout: seconds of wall clock for each side;
     workdir: where traces and the checkpoint go (None: a temporary folder, removed when the programs have been read);
     ranks, case: as in the spec where None or empty; second_run: look for values that change without provenance (None: if any left);
+    full_size: floats have sizes and no values (capture/meta.py); accept: FILE:LINE of branches on floats that are then not taken;
     nudge: in a second run, symbols' values close to the first's; digit: in further runs, which digit 16 bit symbols show (-1: none)."""
 
     steps: int = 2
@@ -21,3 +22,5 @@ class CaptureOptions:
     second_run: bool | None = None
     nudge: int = 0
     digit: int = -1
+    full_size: bool = False
+    accept: tuple[str, ...] = ()

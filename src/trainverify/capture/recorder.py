@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from trainverify.capture import opinfo
+from trainverify.capture import meta, opinfo
 from trainverify.capture.collectives import Collectives
 from trainverify.capture.digest import contents, crc
 from trainverify.capture.encode import Encoder, LazyBits, NotStrided
@@ -24,9 +24,9 @@ from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
 from trainverify.capture.scalars import TrackedFloat
 from trainverify.capture.spans import Spans
-from trainverify.capture.userframes import is_user_file
+from trainverify.capture.userframes import is_user_file, names_place
 from trainverify.diagnostics import Diagnostic, Fault
-from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, TensorRef, Trace, tensors
+from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, Sequence, TensorRef, Trace, tensors
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _active_mode = torch._C._get_dispatch_mode
@@ -40,8 +40,9 @@ _MEMORY_ACCESS = frozenset({"data_ptr", "untyped_storage", "storage", "typed_sto
 class Recorder(TorchDispatchMode):
     """Records one rank. It is also the sink of tracked scalars (capture/scalars.py)."""
 
-    def __init__(self, side: str, rank: int, world_size: int, channel: Any):
+    def __init__(self, side: str, rank: int, world_size: int, channel: Any, floats: meta.MetaFloats | None = None, accept: tuple[str, ...] = ()):
         super().__init__()
+        self.floats, self.accept = floats, accept      # floats: where they have no values (capture/meta.py)
         self.side, self.rank, self.world_size = side, rank, world_size
         self.ops: list[OpCall] = []
         self.watch: Callable[[OpCall, list[torch.Tensor]], None] | None = None   # sees every call of a kernel and its targets
@@ -51,7 +52,7 @@ class Recorder(TorchDispatchMode):
         self.last_item: ScalarRef | None = None
         self.reading = False
         self._given: list[TrackedFloat] = []   # tensors that torch has read as numbers for the call that is to come
-        self.encoder = Encoder(self.pending_scalars)
+        self.encoder = Encoder(self.pending_scalars, sampled=floats is not None)
         self.spans = Spans()
         self.blobs = self.encoder.blobs
         self.collectives = Collectives(self, channel)
@@ -97,6 +98,8 @@ class Recorder(TorchDispatchMode):
             except NotStrided as e:
                 raise Fault(Diagnostic("CAP003", f"{func} works on a {e} tensor", span=self.spans.span(), ranks=(self.rank,),
                                        fix="Use dense tensors (Embedding(sparse=False)).")) from e
+            except meta.NeedsValues as e:
+                raise Fault(meta.refusal(str(func), str(e), self.spans.span(), self.rank)) from e
 
     def _dispatch(self, func, types, args, kwargs):
         if types and any(t not in _PLAIN for t in types):
@@ -116,7 +119,7 @@ class Recorder(TorchDispatchMode):
         route = info.route
         if route == opinfo.VIEW:
             self.spans.notice()
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self.floats is None else self._viewed(func(*args, **kwargs))
         if route == opinfo.COLLECTIVE:
             return self.collectives.call(func, args, kwargs)
         if route == opinfo.ITEM:
@@ -151,13 +154,18 @@ class Recorder(TorchDispatchMode):
             return self._record(info, func, *self._without_lazy_bits(info, args, kwargs or {}))
         if info.random and func._opname in _DRAWS and self.drawn_is_data is not None and self.drawn_is_data():
             return self._drawn(info, func, args, kwargs)
-        digest_in = crc(self._read_by(info, args, kwargs))
+        digest_in = crc(self._read_by(info, args, kwargs)) if self.floats is None else 0
         if self._given:
             self._take_given()
         span = self.spans.here()
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        if isinstance(result, torch.Tensor) and result.is_meta:
-            return result
+        if self.floats is not None:
+            result = self.floats.run(info, func, args, kwargs or {})
+            if info.random and self._draws(info, args, kwargs) and self._unknown_draw(info, args, kwargs, result, span):
+                return result
+        else:
+            result = func(*args, **kwargs) if kwargs else func(*args)
+            if isinstance(result, torch.Tensor) and result.is_meta:
+                return result
         if info.garbage:
             encoder.fresh(result)
         outs = encoder.tensor(result, False) if info.garbage else encoder.result(result)
@@ -167,7 +175,7 @@ class Recorder(TorchDispatchMode):
         writes = tuple([encoder.tensor(t, True) for t in written])
         call = OpCall(len(self.ops), info.name, encoded, keywords, outs, writes, span, None, digest_in)
         targets = _targets(result, outs, written, writes)
-        if not info.garbage:
+        if not info.garbage and self.floats is None:
             call.digest_out = crc(targets)
         if info.random and self._draws(info, args, kwargs):
             call.rng = True
@@ -216,6 +224,31 @@ class Recorder(TorchDispatchMode):
             self._record(self._info(torch.ops.aten.copy_.default), torch.ops.aten.copy_.default, (t, drawn), None)
         return result
 
+    def _viewed(self, t):
+        """At full size: numbers that Python put into a tensor go to meta, and their bytes into the trace."""
+        if not isinstance(t, torch.Tensor) or t.is_meta or not (t.is_floating_point() or t.is_complex()) or self.encoder.known(t.untyped_storage()):
+            return t
+        moved, data = self.floats.data(t)
+        self.encoder.given(moved.untyped_storage(), data)
+        return moved
+
+    def _unknown_draw(self, info: OpInfo, args, kwargs, result, span: int) -> bool:
+        """At full size, what is drawn is unknown: whether the targets are floats, which then are recorded as uninitialised memory."""
+        written = self._written(info, args, kwargs)
+        targets = written or [t for t in ((result,) if isinstance(result, torch.Tensor) else result) if isinstance(t, torch.Tensor)]
+        if not any(t.is_meta for t in targets):
+            return False
+        if self.spans.step:
+            raise meta.NeedsValues("it draws random numbers in a step")
+        for t in targets:
+            made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=meta.META) if written else t
+            ref = self.encoder.tensor(made, True)
+            self.ops.append(OpCall(len(self.ops), "aten.empty.memory_format", (Sequence(tuple(t.shape)),), {}, ref, (), span))
+            if written:
+                ref, source = self.encoder.tensor(t, True), ref
+                self.ops.append(OpCall(len(self.ops), "aten.copy_.default", (ref, source), {}, ref, (ref,), span))
+        return True
+
     def _without_lazy_bits(self, info: OpInfo, args, kwargs) -> tuple:
         """The arguments with lazily conjugated or negated tensors made real, by recorded calls."""
         if any(t.is_conj() or t.is_neg() for t in self._written(info, args, kwargs)):
@@ -241,7 +274,7 @@ class Recorder(TorchDispatchMode):
     def _item(self, info: OpInfo, func, args):
         """A value leaves for Python: a float keeps a reference."""
         args = (self._plain(args[0]),)
-        value = func(*args)
+        value = func(*args) if not args[0].is_meta else self._valueless(info, args[0])
         outs: Arg = value
         if isinstance(value, float):
             outs = self.last_item = self._new_scalar(value)
@@ -252,6 +285,12 @@ class Recorder(TorchDispatchMode):
             outs = Name("complex", repr(value))
         self.append(info.name, (self.encoder.arg(args[0]),), outs=outs, reads=args)
         return value
+
+    def _valueless(self, info: OpInfo, t: torch.Tensor) -> float:
+        """A float without a value leaves: a number that only shows where it comes back."""
+        if not t.is_floating_point():
+            raise meta.NeedsValues(f"its value, which Python asks for, is {'a choice' if t.dtype == torch.bool else 'a number'} that floats decide")
+        return self.floats.placeholder()
 
     def _take_given(self) -> None:
         """The call that they were given to has been encoded."""
@@ -302,8 +341,16 @@ class Recorder(TorchDispatchMode):
     def value_of(self, ref: ScalarRef) -> float:
         return self.scalar_values[ref.id]
 
-    def decision(self, op: str, args: tuple, outcome: bool) -> None:
+    def decision(self, op: str, args: tuple, outcome: bool) -> bool:
+        """Python branches on tracked floats; the outcome, which at full size is false where the user accepts the place."""
+        if self.floats is not None:
+            span = self.spans.span()
+            if not any(names_place(a, span.file, span.line) for a in self.accept):
+                raise Fault(meta.branch(op, span, self.rank))
+            self.note("ASSUME", f"a branch on a float ({op}) is not taken: it has no value at full size, and the place is accepted")
+            outcome = False
         self.append("tv.decision", (op, *args), outs=bool(outcome))
+        return outcome
 
     def escape(self, how: str, what: ScalarRef | torch.Tensor) -> None:
         if isinstance(what, torch.Tensor):
@@ -314,6 +361,8 @@ class Recorder(TorchDispatchMode):
                 floats = plain.is_floating_point() or plain.is_complex()
                 self.append("tv.escape", (how, self.encoder.arg(plain)), reads=() if floats else (plain,))
         else:
+            if self.floats is not None:
+                self.note("ASSUME", meta.ESCAPED)
             self.append("tv.escape", (how, what))
 
 

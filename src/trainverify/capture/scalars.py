@@ -34,7 +34,7 @@ class Sink(Protocol):
 
     def scalar(self, op: str, args: tuple, value: float) -> ScalarRef: ...
     def value_of(self, ref: ScalarRef) -> float: ...
-    def decision(self, op: str, args: tuple, outcome: bool) -> None: ...
+    def decision(self, op: str, args: tuple, outcome: bool) -> bool: ...
     def escape(self, how: str, what: ScalarRef | torch.Tensor) -> None: ...
 
 
@@ -102,9 +102,7 @@ class TrackedFloat(float):
         return float.hex(self.plain("hex"))
 
     def __bool__(self):
-        outcome = float.__bool__(self)
-        self.sink.decision("bool", (self.ref,), outcome)
-        return outcome
+        return self.sink.decision("bool", (self.ref,), float.__bool__(self))
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         """numpy meets a tracked float: scalar arithmetic stays tracked, everything else strips it."""
@@ -160,9 +158,7 @@ def _comparison(name: str, op: str) -> Callable:
 
     def method(self, other):
         outcome = base(self, other)
-        if outcome is not NotImplemented:
-            self.sink.decision(op, (self.ref, _operand(other)), outcome)
-        return outcome
+        return outcome if outcome is NotImplemented else self.sink.decision(op, (self.ref, _operand(other)), outcome)
 
     method.__name__ = name
     return method
@@ -199,9 +195,7 @@ def _math_function(name: str, function: Callable) -> Callable:
         if name in _MATH_OPS and not kwargs and (len(args) == 1 or name == "pow"):
             return _record(_MATH_OPS[name], args, function(*args))
         if name in _MATH_DECISIONS:
-            outcome = function(*args)
-            tracked[0].sink.decision(name, (tracked[0].ref,), outcome)
-            return outcome
+            return tracked[0].sink.decision(name, (tracked[0].ref,), function(*args))
         if name not in ("floor", "ceil", "trunc"):     # those call our methods
             for x in tracked:
                 x.plain(f"math.{name}")
@@ -311,9 +305,8 @@ class ScalarMode(ReentrantMode):
         outcome, ref = self._read(func, args, kwargs)
         if ref is None:
             self.sink.escape("bool", args[0])
-        else:
-            self.sink.decision("bool", (ref,), outcome)
-        return outcome
+            return outcome
+        return self.sink.decision("bool", (ref,), outcome)
 
     def _escape(self, func, args, kwargs):
         self.sink.escape(func.__name__.strip("_"), args[0])

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from trainverify import adapters
 from trainverify.adapters import standins
 from trainverify.api import Reference, Training
+from trainverify.capture import meta
 from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.groups import process_groups
@@ -133,9 +134,11 @@ def capture(spec: Spec, options: Any = CaptureOptions(), progress: Callable | No
     """
     case = spec.case(dict(options.case))
     options = CaptureOptions(options.steps, options.seed, options.timeout, options.workdir, spec.world_size(options.ranks, case), case,
-                             getattr(options, "second_run", None))
+                             getattr(options, "second_run", None), full_size=getattr(options, "full_size", False), accept=(*options.accept, *spec.accept))
     with _folder(options.workdir) as folder:
         done = _capture_both(spec, options, folder, progress)
+        if options.full_size:
+            return done                        # values say nothing: there are none
         if done.parallel is not None and needed(done.reference, done.parallel):
             _tell_apart(spec, options, folder, progress, done)
         if done.parallel is not None and options.second_run is not False:
@@ -265,7 +268,9 @@ class Session:
 
     def __init__(self, side: str, rank: Rank, options: Any, base: Path, symbols: bool):
         self.options, self.base, self.rank = options, base, rank
-        self.recorder = Recorder(side, rank.rank, rank.world_size, rank.channel)
+        self.full_size = getattr(options, "full_size", False)
+        floats = meta.MetaFloats() if self.full_size else None
+        self.recorder = Recorder(side, rank.rank, rank.world_size, rank.channel, floats, tuple(getattr(options, "accept", ())))
         self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0), getattr(options, "digit", -1))) if symbols else None
         self.outputs = Outputs(self.recorder, self.symbols)
         self.stepped = (0, 0.0)
@@ -281,6 +286,8 @@ class Session:
             stack.enter_context(ring_attention(note))
             stack.enter_context(standins.noting(note))
             stack.enter_context(attention_kernels(note))
+            if self.full_size:
+                stack.enter_context(meta.full_size())
             stack.enter_context(self.outputs)
             yield
 
@@ -315,9 +322,11 @@ class Session:
         self.stepped = len(self.recorder.ops) - calls, time.process_time() - clock
 
     def save(self, handed: bytes = b"", early: Sequence[Early] = ()) -> bytes:
-        meta = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
+        told = {"torch": str(torch.__version__), "argv": " ".join(sys.argv), "seed": str(self.options.seed), "case": repr(dict(self.options.case)),
                 "optimizers": msgspec.json.encode(self.outputs.settings).decode(), "patches": msgspec.json.encode(adapters.HOOK.applied).decode()}
-        trace = self.recorder.trace(groups=_groups(self.meshes), steps=self.options.steps, meta=meta)
+        if self.full_size:
+            told[meta.KEY] = meta.VALUE
+        trace = self.recorder.trace(groups=_groups(self.meshes), steps=self.options.steps, meta=told)
         self.recorder.blobs[SCALARS] = np.array(self.recorder.scalar_values, dtype=np.float64)
         result = _Result(len(trace.ops), time.process_time(), _pss(), handed, list(early), self.stepped)
         save_rank(self.base / trace.side, trace, self.recorder.blobs)
@@ -329,7 +338,7 @@ def _reference_child(spec: Spec, options: Any, base: Path, early: list[Early], r
     with session.environment():
         with session.recording():
             session.recorder.watch = watch = EarlySymbols(session.symbols, early) if early else None
-            training = session.training(spec.reference, (), {})
+            training = session.training(spec.reference, (), spec.for_reference(options.case))
             session.recorder.watch = None
             if watch is not None:
                 watch.check()
@@ -341,7 +350,8 @@ def _reference_child(spec: Spec, options: Any, base: Path, early: list[Early], r
                 return session.save(early=early)
             announce_batch(session.recorder, training.batch)
         handed = msgspec.msgpack.encode(session.symbols.hand_over(chunks, training.batch))
-        write_checkpoint(training, chunks, base / "checkpoint")
+        if not session.full_size:
+            write_checkpoint(training, chunks, base / "checkpoint")
         with session.recording():
             session.steps(training)
         return session.save(handed)

@@ -75,6 +75,12 @@ class Spec:
             raise self._fault("SPEC006", f"parallel() needs a value for {', '.join(missing)}", f"Pass --case {missing[0]}=VALUE, or give it a default.")
         return {k: self._typed(k, v, known.get(k)) for k, v in merged.items()}
 
+    def for_reference(self, case: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the case that reference() takes too: sizes that both sides must have."""
+        parameters = inspect.signature(self.reference).parameters.values()
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return {k: v for k, v in case.items() if k in named}
+
     def world_size(self, ranks: int | None, case: dict[str, Any]) -> int:
         """The number of ranks to run."""
         n = ranks if ranks is not None else self.ranks
@@ -145,17 +151,6 @@ def spec_of(reference: Callable, parallel: Callable, ranks: int | None = None, o
     adapters.install(stand_ins)
     names = {"reference": reference, "parallel": parallel, "RANKS": ranks, "OPS": list(ops)}
     return _spec("", getattr(getattr(parallel, "__code__", None), "co_filename", ""), names)
-
-
-def parse_case(texts: Iterable[str]) -> dict[str, Value]:
-    """"tp=4,dp=2" (several times) -> {"tp": 4, "dp": 2}; what is no number and no truth value stays a string."""
-    case: dict[str, Value] = {}
-    for part in (p for text in texts for p in text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise Fault(Diagnostic("SPEC006", f"--case {part!r} is not of the form NAME=VALUE", fix="Write --case tp=4,dp=2."))
-        case[key.strip()] = _literal(value.strip())
-    return case
 
 
 def call_user(function: Callable[[], Any], what: str, code: str = "SPEC002") -> Any:
@@ -246,14 +241,3 @@ def _convert(value: Value, kind: type) -> Value:
     if isinstance(value, bool) or (kind is int and isinstance(value, float)):
         raise ValueError(value)
     return kind(value)
-
-
-def _literal(text: str) -> Value:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -15,6 +15,7 @@ from trainverify.capture.encode import dtype_name
 from trainverify.capture.model import is_real_float, named_buffers, named_parameters, place, whole_tensor
 from trainverify.capture.quiet import unseen
 from trainverify.capture.recorder import Recorder
+from trainverify.capture.meta import META
 from trainverify.capture.tags import NARROW, Tagger
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ir.trace import TensorRef
@@ -23,15 +24,18 @@ _SECOND_MOMENTS = ("sq", "square", "sum", "var")   # in the names of state that 
 
 
 class HandedTensor(msgspec.Struct, frozen=True):
-    """A tensor for the parallel program; kind and symbol are empty where its elements are no symbols."""
+    """A tensor for the parallel program; kind and symbol are empty where its elements are no symbols. valueless: it has sizes only (at full size)."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
     kind: str = ""
     symbol: str = ""
+    valueless: bool = False
 
     def build(self) -> torch.Tensor:
+        if self.valueless:
+            return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=META)
         tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
         if self.data:
             tensor.reshape(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(self.data), dtype=torch.uint8))
@@ -107,6 +111,8 @@ class Symbols:
             if not is_real_float(plain) or not plain.numel() or place(plain) in self.names:
                 return
             self._must_be_apart(kind, name, plain)
+            if plain.is_meta:
+                return self._define_valueless(kind, name, plain, key)
             initial = contents(plain.to(torch.float32)).view(np.float32)
             tags = self.tagger.tag(initial, dtype_name(plain.dtype), _positive(kind, key or name, initial))
             plain.copy_(torch.from_numpy(tags.values).reshape(plain.shape))
@@ -118,10 +124,16 @@ class Symbols:
         call = self.recorder.emit("tv.symbol", kind, name, plain, writes=(plain,))
         self.defined.append(Defined(kind, name, key, call.args[2]))
 
+    def _define_valueless(self, kind: str, name: str, plain: torch.Tensor, key: str) -> None:
+        """At full size: the elements are symbols, and nobody needs to know them by their values."""
+        self.names[place(plain)] = (kind, name)
+        call = self.recorder.emit("tv.symbol", kind, name, plain, writes=(plain,))
+        self.defined.append(Defined(kind, name, key, call.args[2]))
+
     def _must_be_apart(self, kind: str, name: str, tensor: torch.Tensor) -> None:
         """Symbols are independent of each other, so their memory must be."""
         mine = None
-        for (storage, offset, shape, stride), (_, other) in self.names.items():
+        for (storage, offset, shape, stride), (_, other) in self.names.items() if not tensor.is_meta else ():
             if storage == tensor.untyped_storage()._cdata:
                 mine = _elements(tensor.storage_offset(), tensor.shape, tensor.stride()) if mine is None else mine
                 if np.intersect1d(mine, _elements(offset, shape, stride)).size:
@@ -129,7 +141,9 @@ class Symbols:
                                            fix="Clone one of them: the verdict is for all values of each, independently."))
         if name in self._taken:
             raise Fault(Diagnostic("SPEC010", f"two tensors of the reference are called {name}"))
-        if tensor.numel() != np.unique(_elements(tensor.storage_offset(), tensor.shape, tensor.stride())).size:
+        if tensor.is_meta and (tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() or not tensor.is_contiguous()):
+            raise Fault(Diagnostic("SPEC010", f"{kind} {name} is a part of other memory, or not contiguous", fix="Clone it: at full size, each symbol has memory of its own."))
+        if not tensor.is_meta and tensor.numel() != np.unique(_elements(tensor.storage_offset(), tensor.shape, tensor.stride())).size:
             raise Fault(Diagnostic("SPEC010", f"{kind} {name} is expanded: several of its elements are one memory location", fix="Clone it."))
         self._taken.add(name)
 
@@ -144,7 +158,8 @@ class Symbols:
             if key not in index:
                 kind, symbol = self.names.get(place(torch.view_as_real(plain)) if plain.is_complex() else key, ("", ""))
                 index[key] = len(tensors)
-                tensors.append(HandedTensor(dtype_name(plain.dtype), tuple(plain.shape), contents(plain).tobytes(), kind, symbol))
+                data = b"" if plain.is_meta else contents(plain).tobytes()
+                tensors.append(HandedTensor(dtype_name(plain.dtype), tuple(plain.shape), data, kind, symbol, plain.is_meta))
             return index[key]
 
         states = [chunk.state_dict(keep_vars=True) for chunk in chunks]      # hooks of the program may compute in it
@@ -182,12 +197,16 @@ def announce_batch(recorder: Recorder, batch: Any) -> None:
 
 
 def _is_mask(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta:
+        return False
     with unseen():
         return bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _is_filled(state: torch.Tensor) -> bool:
     """Whether all elements are equal: training leaves none like that; Adagrad's constructor does, on both sides."""
+    if state.is_meta:
+        return False
     with unseen():
         return bool((state == state.flatten()[:1]).all())
 

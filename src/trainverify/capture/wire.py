@@ -23,6 +23,7 @@ Key = Union[str, int, tuple[Union[str, int], ...]]
 
 _PREFIX = struct.Struct("<IQ")
 _READ = 1 << 20
+NO_BYTES = -1
 
 
 class Signature(msgspec.Struct, frozen=True, array_like=True):
@@ -46,7 +47,7 @@ class Signature(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Meta(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor whose bytes are in the body."""
+    """A tensor whose bytes are in the body; nbytes is negative where it has none (at full size)."""
 
     dtype: str
     size: tuple[int, ...]
@@ -179,6 +180,9 @@ def pack(payload: Sequence[torch.Tensor] | None) -> tuple[Metas, list[memoryview
         return None, []
     metas, parts = [], []
     for tensor in payload:
+        if tensor.is_meta:
+            metas.append(Meta(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), NO_BYTES))
+            continue
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             raise TypeError(f"cannot send a {tensor.layout} tensor on {tensor.device}")
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
@@ -207,11 +211,11 @@ def unpack(payloads: Sequence[Metas], body: bytes) -> list[list[torch.Tensor] | 
             continue
         tensors = []
         for meta in metas:
-            tensor = torch.empty(meta.size, dtype=getattr(torch, meta.dtype), device="cpu")
-            if meta.nbytes:
+            tensor = torch.empty(meta.size, dtype=getattr(torch, meta.dtype), device="meta" if meta.nbytes == NO_BYTES else "cpu")
+            if meta.nbytes > 0:
                 raw = tensor.reshape(-1).view(torch.uint8).numpy()
                 raw[:] = numpy.frombuffer(body, dtype=numpy.uint8, count=meta.nbytes, offset=at)
-            at += meta.nbytes
+            at += max(meta.nbytes, 0)
             tensors.append(tensor)
         result.append(tensors)
     return result

@@ -31,6 +31,7 @@ class Ledger:
 
     def decision(self, op, args, outcome):
         self.decisions.append((op, *map(self.name, args), outcome))
+        return outcome
 
     def escape(self, how, what):
         self.escapes.append((how, self.name(what) if isinstance(what, ScalarRef) else "tensor"))

@@ -1,0 +1,179 @@
+"""Full-size capture: floats have sizes and no memory, integers and masks are what they are (trusted: a float gets no value here, an integer no wrong one).
+
+Every call whose result is a float runs on torch's meta device, whatever device the program asked for; calls on integers alone run for real. Data
+that the program makes in Python (a list of numbers) keep their bytes. What random generators would fill is garbage, which equals nothing. A call
+that needs the value of a float is refused with its line; a float that leaves for Python is a placeholder which only carries its origin.
+"""
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from trainverify.capture.digest import contents
+from trainverify.capture.opinfo import OpInfo
+from trainverify.capture.patches import Patches
+from trainverify.diagnostics import Diagnostic
+
+META = torch.device("meta")
+CPU = torch.device("cpu")
+KEY, VALUE = "floats", "meta"                  # in Trace.meta: the trace holds no value of a float
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_DATA_DEPENDENT = "it needs the values of floats, and a full-size capture has none"
+Kind = tuple[Any, ...]
+
+
+class NeedsValues(Exception):
+    """A call cannot be run without the values of floats."""
+
+
+class MetaFloats:
+    """Runs the calls of one rank. `items`: how many floats have left for Python."""
+
+    def __init__(self) -> None:
+        self._floats: dict[Kind, bool] = {}    # whether calls of this kind, on integers alone or on nothing, give floats
+        self._factories: dict[Any, bool] = {}  # whether a call takes a device and no tensor: without the argument, it makes its result on the default device
+        self.items = 0
+
+    # ---- running a call
+    def run(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """The call's result: floats, and all that is computed from them, on meta."""
+        tensors = _tensors(args, kwargs)
+        if any(t.is_meta for t in tensors):
+            return self._on_meta(info, func, args, kwargs)
+        if info.writes:                        # integers, or data that came from outside
+            return func(*args, **kwargs)
+        kind = (func, tuple([(t.dtype, t.dim()) for t in tensors]), tuple([type(a) for a in args]), kwargs.get("dtype"), torch.get_default_dtype())
+        floats = self._floats.get(kind)
+        if floats is None:
+            floats = self._floats[kind] = self._gives_floats(func, args, kwargs)
+        if floats:
+            return func(*[_shadow(a) for a in args], **self._elsewhere(func, kwargs, META))
+        return func(*args, **self._elsewhere(func, kwargs, CPU))
+
+    def _gives_floats(self, func: Callable, args: tuple, kwargs: dict) -> bool:
+        try:
+            result = func(*[_shadow(a) for a in args], **self._elsewhere(func, kwargs, META))
+        except (NotImplementedError, RuntimeError):    # its sizes depend on the values of integers; or it is wrong, and says so when it runs
+            return False
+        return any(_is_float(t) for t in _tensors((result,), {}))
+
+    def _on_meta(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
+        for position, name in info.writes:
+            for t in _tensors((args[position] if position < len(args) else kwargs.get(name),), {}):
+                if not t.is_meta:
+                    raise NeedsValues("it writes what it computes from floats into integers" if not _is_float(t) else "it writes into data that has values")
+        shadows = [_shadow(a) for a in _indices(func, args)]
+        moved = {k: _shadow(v) for k, v in self._elsewhere(func, kwargs, META).items()}
+        try:
+            return func(*shadows, **moved)
+        except NotImplementedError as e:
+            raise NeedsValues(_DATA_DEPENDENT) from e
+
+    def _elsewhere(self, func: Any, kwargs: dict, device: torch.device) -> dict:
+        """The keyword arguments with the device replaced."""
+        makes = self._factories.get(func)
+        if makes is None:
+            arguments = func._schema.arguments
+            makes = self._factories[func] = any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
+        if not makes and kwargs.get("device") is None:
+            return kwargs
+        return {**kwargs, "device": device, **({"pin_memory": False} if kwargs.get("pin_memory") else {})}
+
+    # ---- what has values
+    def placeholder(self) -> float:
+        """A number for a float that left for Python: no other one is equal to it, so that it is known where it comes back."""
+        self.items += 1
+        return 1.0 + random.Random(self.items).random()
+
+    @staticmethod
+    def data(t: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """A float tensor that Python filled, on meta, and its bytes."""
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META, requires_grad=t.requires_grad), contents(t)
+
+
+def _tensors(args, kwargs) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, torch.Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += _tensors(a, {})
+    return found
+
+
+def _is_float(t: torch.Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _shadow(a: Any) -> Any:
+    """The argument on meta."""
+    if isinstance(a, torch.Tensor):
+        return a if a.is_meta else torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=META)
+    if type(a) in (list, tuple) and any(isinstance(x, torch.Tensor) or x is None for x in a):
+        return [_shadow(x) for x in a]
+    return a
+
+
+def _indices(func: Any, args: tuple) -> tuple:
+    """Masks among the indices become the numbers that they stand for: how many these are decides a size."""
+    if func._opname not in ("index", "index_put", "index_put_", "_unsafe_index"):
+        return args
+    found: list[torch.Tensor | None] = []
+    for t in args[1]:
+        if isinstance(t, torch.Tensor) and t.dtype == torch.bool:
+            if t.is_meta:
+                raise NeedsValues("a mask that floats decide says how many elements there are, and a full-size capture has no floats")
+            found += t.nonzero().unbind(1)
+        else:
+            found.append(t)
+    return (args[0], found, *args[2:])
+
+
+# ---- attention
+
+@contextlib.contextmanager
+def full_size() -> Iterator[None]:
+    """What torch does otherwise for the time of a full-size capture."""
+    patches = Patches()
+    try:
+        _attention(patches)
+        yield
+    finally:
+        patches.restore()
+
+
+def _attention(patches: Patches) -> None:
+    """Attention on meta takes the form that it takes on a CPU where it can: one call instead of a mask of all pairs of places in each layer."""
+    original = F.scaled_dot_product_attention
+
+    def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        plain = all(type(t) is torch.Tensor and t.is_meta and t.dim() == 4 for t in (query, key, value))
+        fits = plain and attn_mask is None and not dropout_p and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1]
+        if fits and query.shape[0] == key.shape[0] and query.shape[-2] and key.shape[-2]:
+            return _FLASH(query, key, value, 0.0, is_causal, scale=scale)[0]
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    patches.everywhere({original: scaled_dot_product_attention})
+
+
+# ---- what is said
+
+COVERED = ("captured at full size: floats have sizes and no values, so no digest of bytes was taken. Hidden writes (numpy, C++), and floats that come back from "
+           "Python untracked, are looked for by the run of the same spec at small sizes: {}")
+ESCAPED = "a float left for Python here; that it does not come back untracked is seen at small sizes only"
+
+
+def refusal(name: str, why: str, span: Any, rank: int) -> Diagnostic:
+    return Diagnostic("META001", f"{name} cannot be captured at full size: {why}", span=span, ranks=(rank,),
+                      fix="Verify the spec at small sizes, without --full-size, or keep what decides sizes and branches in integers.")
+
+
+def branch(op: str, span: Any, rank: int) -> Diagnostic:
+    place = f"{span.file}:{span.line}" if span is not None else "FILE:LINE"
+    return Diagnostic("META002", f"a branch on a float ({op}), which has no value at full size", span=span, ranks=(rank,),
+                      fix=f"Write it with tensors (torch.clamp, torch.where), or accept that it is not taken: --accept {place}")
