@@ -52,7 +52,7 @@ def reference():
 
 
 def parallel(ref, tp=1, pp=1, sp=False):
-    return training(Layout(tp, pp, sp=sp), load=lambda model: convert(model, ref.weights), data=ref.batch)
+    return training(Layout(tp, pp, sp=sp), load=lambda chunks: convert(*chunks, ref.weights), data=ref.batch)
 
 
 def convert(model, llama):
