@@ -189,7 +189,7 @@ def tensor_parallel(ref, sequence=False):
         if not sequence:
             return model(x).square().mean()
         part = model(x.chunk(2)[rank]).square().sum() / x.numel()
-        return te_linear.SumOut.apply(part, group)
+        return te_linear.summed_out(part, group)
     return training(model, ref.batch, loss)
 
 
@@ -203,7 +203,7 @@ def context_parallel(ref):
 
     def loss(x):
         part = model(x[te_attention.positions(rank, 2, 4)]).square().sum() / x.numel()
-        return te_linear.SumOut.apply(part, group)
+        return te_linear.summed_out(part, group)
     return training(model, ref.batch, loss)
 
 

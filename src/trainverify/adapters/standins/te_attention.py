@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainverify.adapters.standins.calls import only, refuse, stands_for
-from trainverify.adapters.standins.te_linear import Gather, Module
+from trainverify.adapters.standins.te_linear import Module, gathered
 
 NAME = "transformer_engine.pytorch.DotProductAttention"
 MEANING = ("softmax(softmax_scale q k^T, masked) v, groups of heads of q sharing those of k and v; over a context-parallel group: of the whole "
@@ -114,7 +114,7 @@ def _places(rows: int, columns: int, ranks: int, group: Any, device: Any) -> tup
 
 def _whole(x: Tensor, group: Any) -> Tensor:
     """(batch, heads, length, channels) of all ranks, rank after rank."""
-    return Gather.apply(x.permute(2, 0, 1, 3), group).permute(1, 2, 0, 3)
+    return gathered(x.permute(2, 0, 1, 3), group).permute(1, 2, 0, 3)
 
 
 def _seen(mask_type: str, window: tuple[int, int], rows: Tensor, columns: Tensor, given: Any) -> Tensor | None:

@@ -45,55 +45,41 @@ def _scattered(x: Tensor, group: Any) -> Tensor:
     return out
 
 
-class CopyIn(torch.autograd.Function):
+def _same(x: Tensor, group: Any) -> Tensor:
+    return x.view_as(x)
+
+
+class Between(torch.autograd.Function):
+    """A linear map between the ranks in the forward, its transpose in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, group, there, back):
+        ctx.group, ctx.back = group, back
+        return there(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad, ctx.group), None, None, None
+
+
+def copied_in(x: Tensor, group: Any) -> Tensor:
     """The same input on all ranks; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _all_reduced(grad, ctx.group), None
+    return Between.apply(x, group, _same, _all_reduced)
 
 
-class SumOut(torch.autograd.Function):
+def summed_out(x: Tensor, group: Any) -> Tensor:
     """The sum over the ranks, on all of them."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        return _all_reduced(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
+    return Between.apply(x, group, _all_reduced, _same)
 
 
-class Gather(torch.autograd.Function):
+def gathered(x: Tensor, group: Any) -> Tensor:
     """The ranks' parts along dimension 0; each part's gradient is the sum over ranks."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gathered(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _scattered(grad, ctx.group), None
+    return Between.apply(x, group, _gathered, _scattered)
 
 
-class SumScatter(torch.autograd.Function):
+def sum_scattered(x: Tensor, group: Any) -> Tensor:
     """The sum over the ranks, each keeping its part of dimension 0."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _scattered(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _gathered(grad, ctx.group), None
+    return Between.apply(x, group, _scattered, _gathered)
 
 
 class IntoMainGrad(torch.autograd.Function):
@@ -225,11 +211,11 @@ class _Parallel(Module):
         if self.fuse_wgrad_accumulation and torch.is_grad_enabled():
             weight = IntoMainGrad.apply(weight)
         if self.parallel_mode == "column" and self.tp_size > 1:
-            x = (Gather if self.sequence_parallel else CopyIn).apply(x, self.tp_group)
+            x = (gathered if self.sequence_parallel else copied_in)(x, self.tp_group)
         inside = bias.to(x.dtype) if self.apply_bias and self.parallel_mode != "row" else None
         out = F.linear(x, weight.to(x.dtype), inside)
         if self.parallel_mode == "row" and self.tp_size > 1:
-            out = (SumScatter if self.sequence_parallel else SumOut).apply(out, self.tp_group)
+            out = (sum_scattered if self.sequence_parallel else summed_out)(out, self.tp_group)
         return out + bias.to(out.dtype) if self.apply_bias and self.parallel_mode == "row" else out
 
 
