@@ -14,7 +14,7 @@ from transformers import DistributedConfig, MixtralConfig, MixtralForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import trainverify as tv  # noqa: E402
+from hf_tp import training  # noqa: E402
 from models.llama import IGNORE, random_batch  # noqa: E402
 
 RANKS = 2
@@ -22,27 +22,12 @@ CASES = [{"ep": 1}, {"ep": 2}]
 SIZES = dict(vocab_size=20, hidden_size=20, intermediate_size=16, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=4,
              max_position_embeddings=16, use_cache=False)
 CONFIG = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-MAX_NORM = 0.5
 
 
 def batch_of(vocab):
     """The model shifts the labels itself."""
     batch = random_batch(rows=5, length=7, vocab=vocab)
     return {"tokens": batch["tokens"], "labels": batch["tokens"].where(batch["labels"] != IGNORE, IGNORE)}
-
-
-def training(model, batch, clip):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-
-    def step():
-        loss = model(input_ids=batch["tokens"], labels=batch["labels"]).loss
-        loss.backward()
-        norm = clip(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return {"loss": loss, "grad_norm": norm}
-
-    return tv.Training(model, step, batch=batch, save=model.save_pretrained)
 
 
 def clip_over_meshes(parameters, max_norm):
