@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainverify.capture import userframes
-from trainverify.capture.spec import load_spec, parse_case, spec_of
+from trainverify.capture.spec import load_spec, spec_of
 from trainverify.capture.userframes import frame_text, is_user_file
 from trainverify.diagnostics import Fault
 
@@ -114,11 +114,6 @@ def test_first_case_fills_in(write):
 @pytest.mark.parametrize("given", [{"tp": "four"}, {"tp": 2.5}, {"tp": True}, {"sp": "maybe"}, {"lr": "x"}])
 def test_types(write, given):
     assert fault(load_spec(write(GOOD)).case, given).code == "SPEC007"
-
-
-def test_parse_case():
-    assert parse_case(["tp=4,dp=2", "lr=0.5,sp=true,mode=ring"]) == {"tp": 4, "dp": 2, "lr": 0.5, "sp": True, "mode": "ring"}
-    assert fault(parse_case, ["tp"]).code == "SPEC006"
 
 
 def test_from_functions():
