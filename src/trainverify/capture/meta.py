@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ CPU = torch.device("cpu")
 KEY, VALUE = "floats", "meta"                  # in Trace.meta: the trace holds no value of a float
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _DATA_DEPENDENT = "it needs the values of floats, and a full-size capture has none"
+_INDEXED = ("index", "index_put", "index_put_", "_unsafe_index")
+_BY_VALUE = (*_INDEXED, "masked_select", "repeat_interleave", "resize_", "set_")     # what they give is not a matter of sizes alone
 Kind = tuple[Any, ...]
 
 
@@ -37,6 +40,7 @@ class MetaFloats:
     def __init__(self) -> None:
         self._floats: dict[Kind, bool] = {}    # whether calls of this kind, on integers alone or on nothing, give floats
         self._factories: dict[Any, bool] = {}  # whether a call takes a device and no tensor: without the argument, it makes its result on the default device
+        self._results: dict[Kind, _Result] = {}
         self.items = 0
 
     # ---- running a call
@@ -67,6 +71,16 @@ class MetaFloats:
             for t in _tensors((args[position] if position < len(args) else kwargs.get(name),), {}):
                 if not t.is_meta:
                     raise NeedsValues("it writes what it computes from floats into integers" if not _is_float(t) else "it writes into data that has values")
+        kind = _kind(func, args, kwargs)
+        known = self._results.get(kind) if kind is not None else None
+        if known is not None:
+            return known.again(args)
+        result = self._executed(func, args, kwargs)
+        if kind is not None and (learnt := _Result.of(result, args, kwargs)) is not None:
+            self._results[kind] = learnt
+        return result
+
+    def _executed(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         shadows = [_shadow(a) for a in _indices(func, args)]
         moved = {k: _shadow(v) for k, v in self._elsewhere(func, kwargs, META).items()}
         try:
@@ -96,6 +110,53 @@ class MetaFloats:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META, requires_grad=t.requires_grad), contents(t)
 
 
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a call on meta gives, for all calls with arguments of the same sizes: new memory of these (size, stride, dtype), or its first argument."""
+
+    made: tuple[tuple, ...]
+    form: type | None                          # list or tuple of tensors; None: one tensor
+    first: bool = False
+
+    @staticmethod
+    def of(result: Any, args: tuple, kwargs: dict) -> _Result | None:
+        if args and result is args[0]:
+            return _Result((), None, True)
+        parts = [result] if isinstance(result, torch.Tensor) else list(result) if type(result) in (list, tuple) else [None]
+        before = {t.untyped_storage()._cdata for t in _tensors(args, kwargs)}
+        for t in parts:
+            if not isinstance(t, torch.Tensor) or not t.is_meta or t.storage_offset() or t.untyped_storage()._cdata in before or t.is_conj() or t.is_neg():
+                return None
+            before.add(t.untyped_storage()._cdata)
+        return _Result(tuple([(t.shape, t.stride(), t.dtype) for t in parts]), None if isinstance(result, torch.Tensor) else type(result))
+
+    def again(self, args: tuple) -> Any:
+        if self.first:
+            return args[0]
+        made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in self.made]
+        return made[0] if self.form is None else self.form(made)
+
+
+def _kind(func: Any, args: tuple, kwargs: dict) -> Kind | None:
+    """All that the sizes of a call's results depend on; None where that is not known."""
+    if func._opname in _BY_VALUE:
+        return None
+    kind = (func, *map(_facts, args), *[(k, _facts(v)) for k, v in kwargs.items()])
+    try:
+        hash(kind)
+    except TypeError:
+        return None
+    return kind
+
+
+def _facts(a: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        return a.shape, a.stride(), a.dtype, a.is_meta
+    if type(a) in (list, tuple):
+        return tuple(map(_facts, a))
+    return type(a), a
+
+
 def _tensors(args, kwargs) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for a in (*args, *kwargs.values()) if kwargs else args:
@@ -121,7 +182,7 @@ def _shadow(a: Any) -> Any:
 
 def _indices(func: Any, args: tuple) -> tuple:
     """Masks among the indices become the numbers that they stand for: how many these are decides a size."""
-    if func._opname not in ("index", "index_put", "index_put_", "_unsafe_index"):
+    if func._opname not in _INDEXED:
         return args
     found: list[torch.Tensor | None] = []
     for t in args[1]:
@@ -163,8 +224,8 @@ def _attention(patches: Patches) -> None:
 
 # ---- what is said
 
-COVERED = ("captured at full size: floats have sizes and no values, so no digest of bytes was taken. Hidden writes (numpy, C++), and floats that come back from "
-           "Python untracked, are looked for by the run of the same spec at small sizes: {}")
+COVERED = ("captured at full size, where floats have no values: digests of bytes, hidden writes (numpy, C++) and floats that come back from Python untracked are "
+           "checked by the run at small sizes alone (`trainverify verify {}` without --full-size, in a case with small sizes)")
 ESCAPED = "a float left for Python here; that it does not come back untracked is seen at small sizes only"
 
 

@@ -58,14 +58,19 @@ class Phase(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one side, over all ranks: recorded calls, seconds of CPU and of waiting, memory (PSS, bytes); calls per second of CPU during
+    """Of one side, over all ranks: recorded calls, seconds of CPU and of waiting, memory (PSS, bytes); calls and seconds of CPU during
     the steps, starting and saving left out."""
 
     ops: int = 0
     cpu: float = 0.0
     waited: float = 0.0
     memory: int = 0
-    ops_per_second: float = 0.0
+    stepped_ops: int = 0
+    stepped_cpu: float = 0.0
+
+    @property
+    def ops_per_second(self) -> float:
+        return self.stepped_ops / max(self.stepped_cpu, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,7 @@ def _run(side: str, n: int, child: Callable[[Rank], bytes], base: Path, options:
         write_index(base / side, side, n)
         program = load_program(base / side)
     stats = Stats(sum(r.ops for r in results), sum(r.cpu for r in results), sum(u.waited for u in world.usage), sum(r.memory for r in results),
-                  sum(r.stepped[0] for r in results) / max(sum(r.stepped[1] for r in results), 1e-9))
+                  sum(r.stepped[0] for r in results), sum(r.stepped[1] for r in results))
     return SideCapture(program, faults, stats, time.perf_counter() - started), results
 
 
@@ -337,6 +342,8 @@ def _reference_child(spec: Spec, options: Any, base: Path, early: list[Early], r
     session = Session("reference", rank, options, base, symbols=True)
     with session.environment():
         with session.recording():
+            if session.full_size:
+                session.recorder.note("ASSUME", meta.COVERED.format(spec.path or "the spec"))
             session.recorder.watch = watch = EarlySymbols(session.symbols, early) if early else None
             training = session.training(spec.reference, (), spec.for_reference(options.case))
             session.recorder.watch = None
