@@ -11,20 +11,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainverify.diagnostics import Diagnostic, Fault
-from trainverify.ir.trace import Collective, OpCall, Program, TensorRef, tensors
+from trainverify.ir.trace import Collective, OpCall, Program, TensorRef
 from trainverify.ops.table import OpTable
 from trainverify.shrink.facts import Facts, Notes, Undecoded
-from trainverify.shrink.layout import Layout, references
+from trainverify.shrink.layout import Layout
+from trainverify.shrink.repeat import Forms, Repeats, is_float, references
 from trainverify.shrink.rules import find
 from trainverify.shrink.spaces import ONE, Conflict, Spaces
 
 Where = tuple[str, int]
-FLOATS = ("float", "bfloat", "complex")
 BUNDLES = ("tv.", "aten._foreach_", "aten._fused_ada", "aten._fused_sgd", "aten.stack", "fsdp.")      # what they take together does not meet
-
-
-def is_float(ref: TensorRef) -> bool:
-    return ref.dtype.startswith(FLOATS)
 
 
 @dataclass(slots=True)
@@ -37,7 +33,8 @@ class Classes:
     unruled: dict[str, str] = field(default_factory=dict)      # operations without a rule -> where
     computed: set[int] = field(default_factory=set)            # spaces that some dimension of a float tensor ranges over
     bound: set[tuple[str, int, int]] = field(default_factory=set)        # (side, rank, storage): holds reference elements from the start
-    unread: set[tuple[str, int, int]] = field(default_factory=set)       # (side, rank, call): calls on integers whose arguments and results are not linked
+    unread: set[tuple[str, int, int]] = field(default_factory=set)       # (side, rank, call): calls on integers whose arguments and results are not linked;
+                                                                         # each stands for those like it
 
     @property
     def spaces(self) -> Spaces:
@@ -50,11 +47,11 @@ def is_integer_only(call: OpCall) -> bool:
 
 def read(reference: Program, parallel: Program, table: OpTable) -> Classes:
     """All facts of both programs, closed."""
-    spaces = Spaces()
+    spaces, forms = Spaces(), Forms()
     classes = Classes({"reference": reference, "parallel": parallel}, Notes(spaces), {})
     for program in (reference, parallel):
-        for rank in range(len(program.traces)):
-            layout = Layout(spaces, program, rank)
+        for rank, trace in enumerate(program.traces):
+            layout = Layout(spaces, program, rank, Repeats(forms, trace))
             classes.layouts[layout.where] = layout
     for program in (reference, parallel):
         meetings = Meetings()
@@ -67,22 +64,22 @@ def read(reference: Program, parallel: Program, table: OpTable) -> Classes:
 
 
 def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meetings) -> None:
-    began = not any(c.name == "tv.data" for c in layout.trace.ops)
-    for call in layout.trace.ops:
-        began = began or call.name == "tv.data"
+    """The calls that differ, and all collectives: who meets whom is not a matter of one trace."""
+    for call in layout.repeats.distinct():
         for ref in references(call):
             layout.dims(ref, layout.span(call))
             if is_float(ref) and call.name != "tv.escape":
                 classes.computed.update(layout.dims(ref))
-        if call.collective is not None:
-            meetings.add(layout, call)
-        elif not call.name.startswith("tv."):
-            if began or not is_integer_only(call):
+        if call.collective is None and not call.name.startswith("tv."):
+            if layout.repeats.began[call.index] or not is_integer_only(call):
                 _apply(classes, layout, call, table)
             else:
                 classes.unread.add((*layout.where, call.index))
         if not call.name.startswith(BUNDLES):
             classes.notes.meets.append(tuple(dict.fromkeys(s for ref in references(call) for s in layout.dims(ref) if s != ONE)))
+    for call in layout.trace.ops:
+        if call.collective is not None:
+            meetings.add(layout, call)
 
 
 def _apply(classes: Classes, layout: Layout, call: OpCall, table: OpTable) -> None:
@@ -121,12 +118,21 @@ class Meetings:
             self.collectives[(c.group, c.group_name, c.seq)][rank] = (layout, call)
 
     def facts(self, classes: Classes) -> None:
+        known: set[tuple] = set()
+
+        def new(members: list[tuple[Layout, OpCall]]) -> bool:
+            """Whether calls like these have not met before."""
+            key = tuple([(layout.where, layout.repeats.like[call.index]) for layout, call in members])
+            return not (key in known or known.add(key))
+
         for both in self.mail.values():
-            if len(both) == 2:
+            if len(both) == 2 and new(both):
                 (a, x), (b, y) = sorted(both, key=lambda end: end[1].collective.kind)
                 _delivered(classes, [(a, x, b, y)])
         for met in self.collectives.values():
             members = [met[r] for r in next(iter(met.values()))[1].collective.group if r in met]
+            if not new(members):
+                continue
             try:
                 _meet(classes.notes, members)
             except (Undecoded, Conflict) as e:
@@ -315,11 +321,15 @@ def _bind(classes: Classes, layout: Layout, tags: Tags, mine: Layout, symbols: d
     """The storages that were there before any operation: where they hold reference elements, they have their indices."""
     blobs = classes.programs["parallel"].blobs[layout.trace.rank]
     seen: dict[int, TensorRef] = {}
-    for call in layout.trace.ops:
-        for ref in references(call):
-            if f"init.{ref.storage}" in blobs and item_type(ref.dtype) and ref.numel:
-                old = seen.get(ref.storage)
-                seen[ref.storage] = ref if old is None or ref.numel > old.numel else old
+    initial = {int(name[5:]) for name in blobs if name.startswith("init.")}
+    repeats = layout.repeats
+    for number, named in zip(repeats.form, repeats.named) if initial else ():
+        if initial.isdisjoint(named):
+            continue
+        for ref, sid in zip(repeats.forms[number].refs, named):
+            if sid in initial and item_type(ref.dtype) and ref.numel:
+                old = seen.get(sid)
+                seen[sid] = TensorRef(sid, ref.offset, ref.size, ref.stride, ref.dtype) if old is None or ref.numel > old.numel else old
     for sid, ref in seen.items():
         found = tags.find(numbers(blobs[f"init.{sid}"], ref.dtype))
         if f"from.{sid}" in blobs:
@@ -343,7 +353,7 @@ def _bind_block(classes: Classes, layout: Layout, ref: TensorRef, at: np.ndarray
         found = _rectangle(at[lo:hi], tags)
         rows = TensorRef(ref.storage, ref.offset + lo * ref.stride[0], (hi - lo, *ref.size[1:]), ref.stride, ref.dtype)
         if found is None:
-            for s in (*layout.dims(rows), layout.storages[ref.storage]):
+            for s in (*layout.dims(rows), layout.space(ref.storage)):
                 classes.spaces.pin(s, "it holds reference elements in no order that is a block of one tensor")
         else:
             name, offset, strides = found
@@ -375,4 +385,4 @@ def refusal(code: str, message: str, fix: str, span=None, notes: tuple[str, ...]
     return Fault(Diagnostic(code, message, "error", span, notes=notes, fix=fix))
 
 
-__all__ = ["Classes", "is_float", "is_integer_only", "read", "refusal", "row_pieces", "splits", "tensors"]
+__all__ = ["Classes", "is_float", "is_integer_only", "read", "refusal", "row_pieces", "splits"]

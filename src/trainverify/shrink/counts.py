@@ -29,7 +29,9 @@ class Written:
 
 
 def _with(call: OpCall, **changes) -> OpCall:
-    return OpCall(**{**{f: getattr(call, f) for f in call.__struct_fields__}, "digest_in": 0, "digest_out": 0, **changes})
+    get = changes.get
+    return OpCall(call.index, get("name", call.name), get("args", call.args), get("kwargs", call.kwargs), get("outs", call.outs), get("writes", call.writes),
+                  call.span, get("collective", call.collective), 0, 0, call.rng)
 
 
 def _divided(call: OpCall, ref: TensorRef, by: int) -> OpCall:

@@ -59,7 +59,7 @@ class Names:
 
     def _operations(self, where: tuple[str, int]) -> None:
         layout = self.classes.layouts[where]
-        for call in layout.trace.ops:
+        for call in layout.repeats.distinct():
             op = base(call.name)
             if op == "embedding":
                 for s, name in zip(layout.dims(call.args[0]), ("vocabulary", "hidden")):

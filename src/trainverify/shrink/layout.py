@@ -8,31 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from trainverify.diagnostics import Span
-from trainverify.ir.trace import OpCall, Program, TensorRef, inputs, tensors
+from trainverify.ir.trace import OpCall, Program, TensorRef
+from trainverify.shrink.repeat import Repeats, item, references
 from trainverify.shrink.spaces import Kept, Spaces
-
-ITEMS = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8,
-         "uint64": 8, "float64": 8, "complex64": 8, "complex128": 16, "complex32": 4}
-
-
-def item(dtype: str) -> int:
-    return ITEMS.get(dtype, 1)                # the float8 types
-
-
-def references(call: OpCall) -> Iterator[TensorRef]:
-    """All that a call reads and writes."""
-    yield from inputs(call)
-    yield from tensors(call.outs)
-    yield from call.writes
-    if call.collective is not None:
-        yield from call.collective.inputs
-        yield from call.collective.outputs
 
 
 def dense(ref: TensorRef) -> bool:
@@ -79,10 +62,12 @@ class View:
 
 
 class Layout:
-    """The storages of one rank of one side."""
+    """The storages of one rank of one side. Those that are one for the reduction (repeat.py) have one entry: `storages`, `items` and `views` are by
+    the least of their numbers."""
 
-    def __init__(self, spaces: Spaces, program: Program, rank: int):
-        self.spaces, self.trace = spaces, program.traces[rank]
+    def __init__(self, spaces: Spaces, program: Program, rank: int, repeats: Repeats):
+        self.spaces, self.trace, self.repeats = spaces, program.traces[rank], repeats
+        self.canon = repeats.canon
         self.where = (self.trace.side, rank)
         self.storages: dict[int, int] = {}
         self.items: dict[int, int] = {}
@@ -93,12 +78,13 @@ class Layout:
     def _collect(self) -> None:
         widths: dict[int, set[int]] = defaultdict(set)
         intervals: dict[int, set[tuple[int, int]]] = defaultdict(set)
-        for call in self.trace.ops:
+        for call in self.repeats.distinct():
             for ref in references(call):
                 if ref.numel:
-                    widths[ref.storage].add(item(ref.dtype))
+                    sid = self.canon[ref.storage]
+                    widths[sid].add(item(ref.dtype))
                     if packed(ref):
-                        intervals[ref.storage].add((ref.offset, ref.offset + ref.numel))
+                        intervals[sid].add((ref.offset, ref.offset + ref.numel))
         for sid, found in widths.items():
             width = self.items[sid] = min(found)
             n = self.trace.storages[sid].nbytes // width
@@ -110,8 +96,18 @@ class Layout:
     def span(self, call: OpCall) -> Span | None:
         return self.trace.spans[call.span] if 0 <= call.span < len(self.trace.spans) else None
 
+    def one(self, ref: TensorRef) -> TensorRef:
+        """The same reference to the storage that stands for its storage."""
+        sid = self.canon[ref.storage]
+        return ref if sid == ref.storage else TensorRef(sid, ref.offset, ref.size, ref.stride, ref.dtype)
+
+    def space(self, sid: int) -> int:
+        """The space of a storage's elements."""
+        return self.storages[self.canon[sid]]
+
     # ---- reading references
     def view(self, ref: TensorRef, span: Span | None = None) -> View:
+        ref = self.one(ref)
         got = self.views.get(ref)
         if got is None:
             got = self.views[ref] = self._read(ref) or self._pinned(ref, span)
@@ -125,8 +121,8 @@ class Layout:
         if not ref.numel:
             return self.spaces.new(0)
         dims = self.dims(ref)
-        if dense(ref) and item(ref.dtype) == self.items[ref.storage]:
-            return self.spaces.segment(self.storages[ref.storage], ref.offset, ref.offset + ref.numel)
+        if dense(ref) and item(ref.dtype) == self.items[self.canon[ref.storage]]:
+            return self.spaces.segment(self.space(ref.storage), ref.offset, ref.offset + ref.numel)
         made = self.spaces.new(ref.numel)
         self.spaces.product(made, dims)
         return made
@@ -181,7 +177,7 @@ class Layout:
         size = tuple(kept.count(s) for s in view.dims)
         if view.pinned or not ref.numel:
             return ref if size == ref.size else TensorRef(ref.storage, 0, size, _row_major(size), ref.dtype)
-        below, offset, steps = 1, kept.before(self.storages[ref.storage], view.lo), {}
+        below, offset, steps = 1, kept.before(self.space(ref.storage), view.lo), {}
         for k, d in zip(reversed(view.axes), reversed(view.digits)):
             steps[k] = below
             offset += kept.before(d.space, d.lo) * below
@@ -204,11 +200,12 @@ class Layout:
             return False
         old = _addresses(ref.offset, [kept.indices(s) for s in self.dims(ref)], ref.stride)
         new = _addresses(small.offset, [np.arange(n) for n in small.size], small.stride)
-        elements = kept.indices(self.storages[ref.storage])
+        elements = kept.indices(self.space(ref.storage))
         return int(new.max()) < len(elements) and bool((elements[new] == old).all())
 
     def nbytes(self, sid: int, kept: Kept) -> int:
-        return kept.count(self.storages[sid]) * self.items[sid] if sid in self.storages else self.trace.storages[sid].nbytes
+        one = self.canon[sid]
+        return kept.count(self.storages[one]) * self.items[one] if one in self.storages else self.trace.storages[sid].nbytes
 
 
 def _addresses(offset: int, indices: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from trainverify.ir.trace import Arg, Collective, Name, OpCall, Sequence, Storage, TensorRef, Trace, tensors
-from trainverify.shrink.classes import Classes, is_float, is_integer_only, refusal, row_pieces
+from trainverify.shrink.classes import Classes, is_integer_only, refusal, row_pieces
 from trainverify.shrink.counts import Written, _with
-from trainverify.shrink.integers import MOVES, Full, Values, places
-from trainverify.shrink.layout import Layout, item
+from trainverify.shrink.integers import MOVES, SAME_ELSEWHERE, VALUELESS, Full, Values, places
+from trainverify.shrink.layout import Layout
+from trainverify.shrink.repeat import is_float, item
 from trainverify.shrink.rules import base
 from trainverify.shrink.spaces import Kept
+from trainverify.shrink.templates import Template
 
 
 class Rewriter:
@@ -28,21 +30,26 @@ class Rewriter:
         self.storages = [Storage(layout.nbytes(sid, kept), s.initial) for sid, s in enumerate(layout.trace.storages)]
         self.blobs: dict[str, object] = {}
         self.ops: list[OpCall] = []
+        self.checked: list[range] = []        # what calls became that were not made from a template: what holds of it holds of all
         self._refs: dict[TensorRef, TensorRef] = {}
+        self._templates: dict[int, Template] = {}
+        self._integers: dict[int, TensorRef] = {}
 
     def program(self) -> tuple[Trace, dict[str, object]]:
         t = self.layout.trace
         for call in t.ops:
             self._call(call)
         self._bytes()
-        return Trace(t.side, t.rank, t.world_size, self.ops, self.storages, t.spans, t.notes, t.groups, t.steps, t.meta), self.blobs
+        meta = {k: v for k, v in t.meta.items() if (k, v) != VALUELESS}
+        return Trace(t.side, t.rank, t.world_size, self.ops, self.storages, t.spans, t.notes, t.groups, t.steps, meta), self.blobs
 
     # ---- references
     def ref(self, ref: TensorRef) -> TensorRef:
-        got = self._refs.get(ref)
+        one = self.layout.one(ref)
+        got = self._refs.get(one)
         if got is None:
-            got = self._refs[ref] = self.layout.reduced(ref, self.kept)
-        return got
+            got = self._refs[one] = self.layout.reduced(one, self.kept)
+        return got if one is ref else TensorRef(ref.storage, got.offset, got.size, got.stride, got.dtype)
 
     def value(self, a: Arg) -> Arg:
         if isinstance(a, TensorRef):
@@ -64,6 +71,24 @@ class Rewriter:
 
     # ---- calls
     def _call(self, call: OpCall) -> None:
+        repeats = self.layout.repeats
+        template = self._templates.get(repeats.like[call.index])
+        if template is not None and (*self.layout.where, call.index) not in self.full.truths:
+            return template.make(call, repeats.named[call.index], self.storages, self.ops)
+        made, added = len(self.ops), len(self.storages)
+        self._rewritten(call)
+        self.checked.append(range(made, len(self.ops)))
+        if self._is_template(call):
+            self._templates[repeats.like[call.index]] = Template(self.ops[made:], repeats.named[call.index], added, self.storages)
+
+    def _is_template(self, call: OpCall) -> bool:
+        """Whether nothing but storages tells it from the calls like it: no values that were recorded for it alone."""
+        if call.name.startswith("tv.") or call.rng or base(call.name) in (*SAME_ELSEWHERE, "arange") or (*self.layout.where, call.index) in self.full.truths:
+            return False
+        repeats = self.layout.repeats
+        return not repeats.forms[repeats.form[call.index]].has_scalars
+
+    def _rewritten(self, call: OpCall) -> None:
         after = _with(call, args=tuple(self.value(a) for a in call.args), kwargs={k: self.value(a) for k, a in call.kwargs.items()}, outs=self.value(call.outs),
                       writes=tuple(self.ref(w) for w in call.writes))
         if call.collective is not None:
@@ -73,7 +98,7 @@ class Rewriter:
         if call.name.startswith("tv."):
             return self._add(after)
         key = (*self.layout.where, call.index)
-        if not call.rng and key in self.full.truths and is_integer_only(call) and (key in self.classes.unread or base(call.name) not in MOVES):
+        if not call.rng and key in self.full.truths and is_integer_only(call) and (self._like(call) in self.classes.unread or base(call.name) not in MOVES):
             return self._recorded(call, after, self.full.truths[key])
         if key in self.full.truths and any(is_float(r) for r in call.targets()):
             return self._recorded(call, after, self.full.truths[key])
@@ -86,6 +111,9 @@ class Rewriter:
         for one in Written(lambda like: self.fresh(like.size, like.dtype, False), self.full.valid.get(key)).calls(call, after):
             self._add(one)
 
+    def _like(self, call: OpCall) -> tuple[str, int, int]:
+        return (*self.layout.where, self.layout.repeats.like[call.index])
+
     def _add(self, call: OpCall) -> None:
         call.index = len(self.ops)
         call.digest_in = call.digest_out = 0
@@ -93,7 +121,7 @@ class Rewriter:
 
     def _recorded(self, call: OpCall, after: OpCall, truths: list) -> None:
         """Integers as the recorded program has them. The call itself stays where it can: it shows who reads what."""
-        executed = base(call.name) in EXECUTED and (*self.layout.where, call.index) not in self.classes.unread
+        executed = base(call.name) in EXECUTED and self._like(call) not in self.classes.unread
         if executed:
             self._add(after)
         for before, ref, t in zip(call.targets(), after.targets(), truths):
@@ -153,26 +181,39 @@ class Rewriter:
 
     def _bytes(self) -> None:
         """The contents of storages that were there before, and of symbols."""
+        self._integers = self._whole_integers()
+        symbols = {c.args[1]: c.args[2] for c in reversed(self.layout.trace.ops) if c.name == "tv.symbol"}
         for name, blob in self.blobs_before.items():
             kind, _, rest = name.partition(".")
             if kind == "init":
                 self.blobs[name] = self._initial(int(rest), np.asarray(blob))
             elif kind == "symbol":
-                ref = next(c.args[2] for c in self.layout.trace.ops if c.name == "tv.symbol" and c.args[1] == rest)
+                ref = symbols[rest]
                 raw = np.ascontiguousarray(blob).reshape(-1).view(np.uint8)
                 self.blobs[name] = np.ascontiguousarray(raw.reshape(*ref.size, -1)[self._indices(ref)] if ref.size else raw).reshape(-1)
             elif kind != "rng":
                 self.blobs[name] = blob
 
+    def _whole_integers(self) -> dict[int, TensorRef]:
+        """Of each storage of integers that was there before: the first reference to it."""
+        repeats, found = self.layout.repeats, {}
+        wanted = {int(name[5:]) for name in self.blobs_before if name.startswith("init.")}
+        for number, named in zip(repeats.form, repeats.named) if wanted else ():
+            if not wanted.isdisjoint(named):
+                for ref, sid in zip(repeats.forms[number].refs, named):
+                    if sid in wanted and not is_float(ref) and ref.dtype != "bool":
+                        found.setdefault(sid, TensorRef(sid, ref.offset, ref.size, ref.stride, ref.dtype))
+        return found
+
     def _initial(self, sid: int, blob: np.ndarray) -> np.ndarray:
-        if sid not in self.layout.storages:
+        if self.layout.canon[sid] not in self.layout.storages:
             return blob
-        space, width = self.layout.storages[sid], self.layout.items[sid]
+        space, width = self.layout.space(sid), self.layout.items[self.layout.canon[sid]]
         if self.kept.count(space) == self.classes.spaces.size(space):
             kept = np.ascontiguousarray(blob).reshape(-1).view(np.uint8)
         else:
             kept = np.ascontiguousarray(blob).reshape(-1).view(np.uint8).reshape(-1, width)[self.kept.indices(space)].reshape(-1)
-        ref = next((r for r in self._refs if r.storage == sid and not is_float(r) and r.dtype != "bool"), None)
+        ref = self._integers.get(sid)
         if ref is None:
             return np.array(kept, copy=True)
         flat = TensorRef(sid, 0, (len(kept) // width,), (1,), ref.dtype)

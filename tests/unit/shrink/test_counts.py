@@ -7,7 +7,8 @@ from torch import nn
 import trainverify as tv
 from shrink.kit import captured, verified
 from trainverify.ops.standard import standard_table
-from trainverify.shrink.reduce import execute, reduce_programs
+from trainverify.shrink.check import execute
+from trainverify.shrink.reduce import reduce_programs
 
 WIDTH = 24
 

@@ -7,13 +7,15 @@ import torch
 
 from trainverify.ir.trace import OpCall, Program, Storage, TensorRef, Trace
 from trainverify.shrink.layout import Layout
+from trainverify.shrink.repeat import Forms, Repeats
 from trainverify.shrink.spaces import Kept, Spaces
 
 
 def layout_of(numel: int, refs: list[TensorRef]) -> tuple[Spaces, Layout]:
     spaces = Spaces()
     ops = [OpCall(i, "aten.clone.default", (r,), {}, None) for i, r in enumerate(refs)]
-    return spaces, Layout(spaces, Program([Trace("reference", 0, 1, ops, [Storage(numel * 4, True)])], [{}]), 0)
+    trace = Trace("reference", 0, 1, ops, [Storage(numel * 4, True)])
+    return spaces, Layout(spaces, Program([trace], [{}]), 0, Repeats(Forms(), trace))
 
 
 def ref_of(t: torch.Tensor) -> TensorRef:

@@ -10,7 +10,8 @@ from trainverify.ir.trace import TensorRef
 from trainverify.ops.standard import standard_table
 from trainverify.replay.machine import Hooks
 from trainverify.replay.run import replay
-from trainverify.shrink.reduce import execute, reduce_programs
+from trainverify.shrink.check import execute
+from trainverify.shrink.reduce import reduce_programs
 
 
 def tensor(program, name: str, ref: TensorRef, dtype) -> torch.Tensor:
