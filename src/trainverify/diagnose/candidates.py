@@ -1,7 +1,7 @@
 """Repairs to try: from what a diagnosis found to edits of the recorded calls, the most likely first (not trusted: each is tried).
 
 Only what one small change mends: a reduction that is missing, superfluous or over the wrong group, a factor, positions that do not
-begin where this rank's part does, messages that go the wrong way round, another part of a value than the one that is due.
+begin where this rank's part does, messages that go the wrong way round; and those of parts.py and amounts.py.
 """
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from fractions import Fraction
 
 import msgspec
 
+from trainverify.diagnose.amounts import Amounts
+from trainverify.diagnose.candidate import Candidate
 from trainverify.diagnose.dataflow import Node
-from trainverify.diagnose.edit import Edit, all_reduce, copied, moved, reading, reducing, regrouped, scaled, sent_to
+from trainverify.diagnose.edit import Edit, all_reduce, copied, moved, reducing, regrouped, scaled, sent_to
 from trainverify.diagnose.explain import Cause, Diagnosis
+from trainverify.diagnose.parts import Parts
 from trainverify.diagnose.places import Family, Occurrence, Places, result
 from trainverify.diagnose.relation import Relation
-from trainverify.diagnose.terms import dense
 from trainverify.diagnose.watch import GOOD
 from trainverify.ir.trace import OpCall, TensorRef, inputs
 from trainverify.relate.compare import Compared
@@ -25,16 +27,8 @@ from trainverify.replay.memory import is_float
 
 REDUCES = ("all_reduce", "reduce_scatter", "reduce")
 SAME_SIZE = ("reduce_scatter", "all_gather", "all_to_all")    # over a group of another size these deliver another shape
-MOST = 6                                      # candidates for one cause
+MOST = 16                                     # candidates for one cause
 MOST_NAMES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What would be changed, in words and as an edit."""
-
-    text: str
-    edit: Edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +45,7 @@ class Maker:
     def __init__(self, diagnosis: Diagnosis):
         self.d, self.flow, self.watch = diagnosis, diagnosis.flow, diagnosis.watch
         self.places = Places(self.flow, self.watch.names)
+        self.parts, self.amounts = Parts(self.flow, self.places), Amounts(self.flow, self.places)
         self._meetings = 0
         self._relations: dict[int, Relation] = {}
 
@@ -74,14 +69,21 @@ class Maker:
         if cause.brought:
             yield from self._regrouped(cause.brought)
             yield from self._reduced_numbers(cause.brought)
+        if relation.ratio:
+            yield from self.amounts.losses(relation.ratio)
         yield from self._origin_partial(cause)
+        if relation.kind in ("other", "additive term"):
+            yield from self.amounts.addends(cause.nodes)
+            yield from self.amounts.reductions(list(cause.nodes))
         if relation.kind in ("other", "permutation", "stale", "other tensor", "additive term"):
             yield from self._positions(cause)
             yield from self._messages(cause)
-            yield from self._parts(cause)
+            yield from self.parts.candidates(cause.nodes)
         starts = [n for n in (relation.at, *cause.nodes) if n is not None]
         starts += [h.node for held in self._held([k[:2] for k in cause.keys[:2]], self.d.step) for h in held.values()] if not starts else []
         yield from self._regrouped(starts)
+        if relation.kind == "partial sum":
+            yield from self.amounts.reductions(list(cause.nodes))
 
     # ---- sums
     def _partial(self, cause: Cause) -> Iterator[Candidate]:
@@ -268,48 +270,6 @@ class Maker:
                 edit.calls[node] = sent_to(self.flow.call(node), new)
         return edit
 
-    # ---- parts
-    def _parts(self, cause: Cause) -> Iterator[Candidate]:
-        """Where one of the equal parts of a value is read: the next one or the one before, in the whole function."""
-        seen: set = set()
-        for node in self.places.above(cause.nodes):
-            span = self.flow.span(node)
-            if span is None or span.phase == "setup":
-                continue
-            function = (span.file, span.function, span.phase)
-            for made in dict.fromkeys(made for made, _ in self._read_parts(node).values()):
-                if (function, made) in seen:
-                    continue
-                seen.add((function, made))
-                for by in (1, -1):
-                    yield Candidate(f"read the {'next' if by > 0 else 'previous'} of the parts of what {made[1]}:{made[2]} makes, at {span}",
-                                    self._other_parts(function, made, by))
-
-    def _other_parts(self, function: tuple[str, str, str], made: tuple, by: int) -> Edit:
-        edit = Edit()
-        for rank, ops in self.flow.calls.items():
-            for n in ((rank, call.index) for call in ops):
-                at = self.flow.span(n)
-                if at is not None and (at.file, at.function, at.phase) == function:
-                    instead = {ref: parts[(parts.index(ref) + by) % len(parts)] for ref, (line, parts) in self._read_parts(n).items() if line == made}
-                    if instead:
-                        edit.calls[n] = reading(self.flow.call(n), instead)
-        return edit
-
-    def _read_parts(self, node: Node) -> dict[TensorRef, tuple[tuple, list[TensorRef]]]:
-        """The regions that a call reads which are one of several equal parts of what was written as a whole, each with the line that
-        wrote it and all parts in order."""
-        call = self.flow.call(node)
-        if call.name.startswith("tv.") or call.collective is not None:
-            return {}
-        found = {}
-        for ref in inputs(call):
-            made = self.flow.writer(node[0], ref, node[1])[:1] if is_float(ref.dtype) and ref not in call.writes else ()
-            whole, line = (result(self.flow.call(made[0])), self.places.line(made[0])) if made else (None, None)
-            parts = _divided(whole, ref) if whole is not None and line is not None and whole.storage == ref.storage else []
-            found.update({ref: (line, parts)} if parts else {})
-        return found
-
     # ---- what edits are made of
     def _outputs(self, cause: Cause, kind: Callable[[Relation], tuple | bool]) -> list[tuple[tuple, list[tuple[str, str]]]]:
         """The wrong gradients and scalars of the first step, by what `kind` says of their relation, if it says the same of some of the
@@ -388,23 +348,6 @@ class Maker:
 _NAMES = {"sum": "SUM", "avg": "AVG"}
 
 
-def _divided(whole: TensorRef, part: TensorRef) -> list[TensorRef]:
-    """The equal parts along one dimension of which this is one, whatever its shape; [] if it is none."""
-    runs: list[tuple[int, int]] = []          # stride and number, outermost first, dimensions that are one merged
-    for stride, n in sorted((d for d in zip(part.stride, part.size) if d[1] > 1), reverse=True):
-        if runs and runs[-1][0] == n * stride:
-            n *= runs.pop()[1]
-        runs.append((stride, n))
-    if not dense(whole) or len(runs) not in (1, 2) or runs[-1][0] != 1:
-        return []
-    length = runs[-1][1]
-    every, times = runs[0] if len(runs) == 2 else (whole.numel, 1)
-    if every * times != whole.numel or every % length or every == length:
-        return []
-    parts = [msgspec.structs.replace(part, offset=whole.offset + k * length) for k in range(every // length)]
-    return parts if part in parts else []
-
-
 def _reducing(call: OpCall) -> bool:
     c = call.collective
     return c is not None and c.kind in REDUCES and c.reduce_op in ("sum", "avg")
@@ -418,4 +361,4 @@ def _signature(edit: Edit) -> tuple:
 
 def _plain(call: OpCall) -> str:
     c = call.collective
-    return f"{call.name} {call.args}" + (f" {c.group} {c.reduce_op} {c.peer}" if c is not None else "")
+    return f"{call.name} {call.args} {call.kwargs}" + (f" {c.group} {c.reduce_op} {c.peer}" if c is not None else "")

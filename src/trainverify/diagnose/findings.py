@@ -4,6 +4,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import msgspec
+
 from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.diagnose.evidence import operands, witnesses
 from trainverify.diagnose.origin import Origin, Search
@@ -68,6 +70,14 @@ class Writer:
             self.flow.call(place).name, self._modules(origin, place),
             self._places([*after, *self._used_at(judgements)], span), relation.text, operands(self.search, self.relations, node),
             len(judgements), witnesses(judgements), relation.kind)
+
+    def instead(self, finding: Finding, relation: Relation, node: Node, judgements: list[Judgement]) -> Finding:
+        """The finding told by another relation, at the call that it is about; where it was told before is one of the places that are named."""
+        old, span = finding.diagnostic, self.flow.span(node)
+        diagnostic = msgspec.structs.replace(old, code=relation.code, message=self._message(relation, judgements), span=span, notes=())
+        return msgspec.structs.replace(finding, diagnostic=diagnostic, op=self.flow.call(node).name, algebra=relation.text, diagnosis=relation.kind,
+                                       modules=tuple(m for m in (span.module if span is not None else "",) if m),
+                                       operands=operands(self.search, self.relations, node), used_at=self._places([old.span, *finding.used_at], span))
 
     def bare(self, relation: Relation, judgements: list[Judgement]) -> Finding:
         """No operation could be singled out: name where ranks that are right last wrote the value, and where the wrong one was read."""

@@ -54,6 +54,10 @@ class Places:
         key = self._key.get(node)
         return key[0] if key is not None else None
 
+    def at_line(self, line: tuple, rank: int) -> list[Node]:
+        """A rank's calls of a line, in all steps."""
+        return [(rank, i) for i in self._at[line][rank].values()] if rank in self._at.get(line, ()) else []
+
     def alike(self, node: Node) -> list[Node]:
         """The calls of the same operation at the same line, on all ranks and in all steps, wherever that was called."""
         line = self.line(node)

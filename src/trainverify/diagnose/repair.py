@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from trainverify.diagnose.candidates import Candidate, Maker
+from trainverify.diagnose.candidate import Candidate
+from trainverify.diagnose.candidates import Maker
 from trainverify.diagnose.edit import Edit, applied
 from trainverify.diagnose.explain import Explanation
 from trainverify.diagnostics import Fault
+from trainverify.diagnose.trial import needed
 from trainverify.engine.analysis import Analysis
 from trainverify.engine.prove import Lineages, prove_programs
 from trainverify.engine.verdict import BLOCKING
@@ -27,7 +29,8 @@ from trainverify.replay.run import World, replay
 from trainverify.report.model import Finding, Repair
 
 CANNOT_RUN = (ReplayError, RuntimeError, ValueError, LookupError, ArithmeticError, Fault)   # what an edit that does not fit the program makes of a replay
-MOST_TRIALS = 12                              # field replays in one run, over all findings
+EARLY = {"gradient", "scalar"}                # outputs that a step has before its updates
+MOST_TRIALS = 24                              # field replays in one run, over all findings
 
 
 @dataclass(slots=True)
@@ -78,8 +81,17 @@ def repaired(job: Job) -> list[Finding]:
         keys = concerned[i]
         if not broken & keys and broken <= before:
             n = len(keys & proved)
-            out[i] = msgspec.structs.replace(out[i], repair=Repair(candidate.text, n == len(keys), n, len(keys)))
+            told = _told(job, i, candidate) if n == len(keys) else out[i]
+            out[i] = msgspec.structs.replace(told, repair=Repair(candidate.text, n == len(keys), n, len(keys)))
     return out
+
+
+def _told(job: Job, index: int, candidate: Candidate) -> Finding:
+    """The finding; what mends it may say more of it than its values do."""
+    finding, d = job.told.findings[index], job.told.diagnosis
+    if candidate.means is None or finding.diagnosis == candidate.means.kind:
+        return finding
+    return d.writer.instead(finding, candidate.means, candidate.at, [d.by_key[k] for k in job.told.causes[index].keys])
 
 
 def _concerned(job: Job, wrong: set[Key]) -> dict[int, set[Key]]:
@@ -104,13 +116,14 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
         early = {k for k in concerned[i] if k[2] == step}
         if not early or early <= right or job.told.findings[i].diagnosis == "decision":
             continue                          # an earlier repair mends it too, or other numbers are compared than should be
+        updates_later = {k[0] for k in early} <= EARLY
         for candidate in maker.candidates(cause):
             likely.setdefault(i, candidate)
             both = edit.joined(candidate.edit)
             if both is None or job.trials >= MOST_TRIALS:
                 continue
             edited = applied(job.parallel, both)
-            tried = _tried(job, edited, step)
+            tried = _tried(job, edited, step, updates_later)
             if tried is None or (still := tried.still_wrong(first)) & early:
                 continue
             tried = _tried(job, edited)
@@ -136,14 +149,15 @@ def _together(job: Job, likely: dict[int, Candidate], first: set[Key], wrong: se
     return ({}, None) if tried is None or tried.still_wrong(wrong) else (likely, tried)
 
 
-def _tried(job: Job, program: Program, step: int = 0) -> Trial | None:
-    """The edited program replayed in the field, up to the end of a step (0: to its own end); None if it cannot run."""
+def _tried(job: Job, program: Program, step: int = 0, updates_later: bool = False) -> Trial | None:
+    """The edited program replayed in the field, up to the end of a step (0: to its own end), or of it only what precedes updates; None if it cannot run."""
     job.trials += 1
     job.progress("repair", f"candidate {job.trials}")
     watched, symbols = job.analysis.second, job.analysis.symbols
     binder = Binder(symbols, [watched.field])
     try:
-        world = replay(_until(program, step) if step else program, [watched.field], job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
+        cut = program if not step else _before_updates(program, step) if updates_later else _until(program, step)
+        world = replay(cut, [watched.field], job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
         found = Lineages(watched.comparison.ref_lineage, watched.comparison.lineage)
         comparison = Comparison(symbols, [watched.field], watched.reference, world, found)
         comparison.run()
@@ -159,6 +173,11 @@ def _until(program: Program, step: int) -> Program:
         end = next((c.index for c in t.ops if c.name == "tv.step" and c.args[0] > step), len(t.ops))
         traces.append(msgspec.structs.replace(t, ops=t.ops[:end]))
     return Program(traces, program.blobs)
+
+
+def _before_updates(program: Program, step: int) -> Program:
+    """What the gradients and scalars of a step are computed from."""
+    return needed(program, [(t.rank, c.index) for t in program.traces for c in t.ops if c.name == "tv.output" and c.args[0] in EARLY and c.args[2] == step])
 
 
 def _verdicts(job: Job, trial: Trial) -> tuple[set[Key], set[Key]]:

@@ -124,11 +124,14 @@ ALWAYS = {"tv.symbol", "tv.data", "tv.step", "tv.resize"}
 
 def sliced(program: Program, wanted: Iterable[Node], key: Key) -> Program:
     """Only the calls that the output and the wanted calls were computed from, with every decision that Python took before them."""
+    outputs = [(t.rank, c.index) for t in program.traces for c in t.ops if c.name == "tv.output" and (c.args[0], c.args[1], c.args[2]) == key]
+    return needed(program, [*wanted, *outputs])
+
+
+def needed(program: Program, starts: list[Node]) -> Program:
+    """Only these calls and what they were computed from, with every decision that Python took before them."""
     flow = Dataflow(program)
     ends = {t.rank: 0 for t in program.traces}
-    starts = list(wanted)
-    for t in program.traces:
-        starts += [(t.rank, c.index) for c in t.ops if c.name == "tv.output" and (c.args[0], c.args[1], c.args[2]) == key]
     for rank, index in starts:
         ends[rank] = max(ends[rank], index)
     keep: set[Node] = set()
