@@ -11,6 +11,7 @@ import torch
 _crc32 = zlib.crc32
 _byte = ctypes.c_char
 _strided = torch.strided
+_LARGE, _PAGE, _DONTNEED = 1 << 26, 1 << 12, 4     # bytes of memory that is better given back than overwritten; of a page; MADV_DONTNEED
 _WHOLE, _PIECE, _PIECES = 1 << 20, 1 << 10, 256    # bytes: a storage that is looked at as a whole; of a larger one a piece; how many of them
 
 
@@ -57,10 +58,29 @@ def sampled_crc(storage: torch.UntypedStorage) -> int:
 
 
 def clear(storage: torch.UntypedStorage, start: int = 0) -> None:
-    """Zero a storage's bytes from `start` on."""
+    """Zero a storage's bytes from `start` on. Of a large one the system takes its pages back, and has zeros for whoever touches them."""
     n = storage.nbytes() - start
     if n > 0 and storage.device.type != "meta":
-        ctypes.memset(storage.data_ptr() + start, 0, n)
+        begin = storage.data_ptr() + start
+        end = begin + n
+        if is_large(storage):
+            first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
+            if ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED) == 0:
+                ctypes.memset(begin, 0, first - begin)
+                begin = last
+        ctypes.memset(begin, 0, end - begin)
+
+
+def is_large(storage: torch.UntypedStorage) -> bool:
+    """Whether a storage's memory is a mapping of its own (malloc takes none for less than 32 MB), of which untouched pages cost nothing."""
+    return storage.nbytes() >= _LARGE and storage.device.type == "cpu" and not storage.is_shared()
+
+
+def is_zero(t: torch.Tensor) -> bool:
+    """Whether all bytes of a tensor's elements are zero. Dispatch modes must be off."""
+    if not t.is_contiguous():
+        t = t.contiguous()
+    return not t.nbytes or not np.frombuffer((ctypes.c_uint8 * t.nbytes).from_address(t.data_ptr()), dtype=np.uint8).any()
 
 
 def _copy(address: int, n: int) -> np.ndarray:

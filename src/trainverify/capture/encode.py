@@ -15,10 +15,11 @@ import torch
 from torch._C._distributed_c10d import ProcessGroup, ReduceOp
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trainverify.capture.digest import clear, sampled_crc, storage_bytes, storage_crc
+from trainverify.capture.digest import clear, is_large, is_zero, sampled_crc, storage_bytes, storage_crc
 from trainverify.ir.trace import Arg, Name, ScalarRef, Sequence, Storage, TensorRef
 
 _BOXED_REDUCE_OPS = {int(v): k.lower() for k, v in ReduceOp.RedOpType.__members__.items()}
+_BLANK = -1                                    # in the place of a checksum: a large storage that was zeroed, of which only what is read is looked at
 _INT64 = (-(1 << 63), (1 << 64) - 1)
 
 
@@ -113,14 +114,19 @@ class Encoder:
         elif sid in self._watched:
             del self._watched[sid]
 
-    def fresh(self, t: torch.Tensor) -> None:
+    def fresh(self, t: torch.Tensor) -> Arg:
         """A tensor of uninitialised memory: zero it, so that a capture is deterministic, and see whether anyone fills it unseen."""
+        _check_strided(t)
         storage = t.untyped_storage()
         clear(storage)
-        self._watched[self.storage(storage, True)] = self._crc(storage)
+        sid = self.storage(storage, True)
+        self._watched[sid] = _BLANK if is_large(storage) else self._crc(storage)
+        return _reference(t, sid)
 
     def _as_found(self, t: torch.Tensor, sid: int) -> int:
         """The number under which a watched storage is read."""
+        if self._watched.get(sid) == _BLANK and is_zero(t):
+            return sid
         storage = t.untyped_storage()
         now = self._crc(storage)
         if self._watched.setdefault(sid, now) == now:
@@ -132,8 +138,7 @@ class Encoder:
 
     # ---- values
     def tensor(self, t: torch.Tensor, made: bool) -> Arg:
-        if t.layout is not torch.strided:
-            raise NotStrided(str(t.layout).removeprefix("torch."))
+        _check_strided(t)
         if t.is_neg() or t.is_conj():
             raise LazyBits
         sid = self.storage(t.untyped_storage(), made)
@@ -142,7 +147,7 @@ class Encoder:
                 self.wrote(t, sid)
             else:
                 sid = self._as_found(t, sid)
-        return TensorRef(sid, t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
+        return _reference(t, sid)
 
     def read(self, t: torch.Tensor) -> Arg:
         return self.tensor(t, False)
@@ -195,6 +200,15 @@ class Encoder:
         if isinstance(a, torch.UntypedStorage):
             return Name("storage", str(self.storage(a, False)))
         return Name("opaque", type(a).__name__)
+
+
+def _check_strided(t: torch.Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise NotStrided(str(t.layout).removeprefix("torch."))
+
+
+def _reference(t: torch.Tensor, sid: int) -> TensorRef:
+    return TensorRef(sid, t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
 
 
 def _same(a: Arg) -> Arg:

@@ -24,6 +24,7 @@ from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
 from trainverify.capture.scalars import TrackedFloat
 from trainverify.capture.spans import Spans
+from trainverify.capture.unused import without_unused
 from trainverify.capture.userframes import is_user_file, names_place
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, Sequence, TensorRef, Trace, tensors
@@ -83,7 +84,8 @@ class Recorder(TorchDispatchMode):
 
     def trace(self, **more: Any) -> Trace:
         """Everything recorded so far."""
-        return Trace(self.side, self.rank, self.world_size, self.ops, self.encoder.storages(), self.spans.items, self.notes, **more)
+        ops, storages = without_unused(self.ops, self.encoder.storages())
+        return Trace(self.side, self.rank, self.world_size, ops, storages, self.spans.items, self.notes, **more)
 
     # ---- calls that torch dispatches
     @classmethod
@@ -102,8 +104,8 @@ class Recorder(TorchDispatchMode):
                 raise Fault(meta.refusal(str(func), str(e), self.spans.span(), self.rank)) from e
 
     def _dispatch(self, func, types, args, kwargs):
-        if types and any(t not in _PLAIN for t in types):
-            if _active_mode(_FAKE) is None or not any(issubclass(t, FakeTensor) for t in types):
+        for t in types:
+            if t not in _PLAIN and (_active_mode(_FAKE) is None or not any(issubclass(t, FakeTensor) for t in types)):
                 return NotImplemented
         if _active_mode(_FAKE) is not None:    # shape propagation of DTensor: these ops are not the program's
             return func(*args, **(kwargs or {}))
@@ -166,13 +168,13 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs) if kwargs else func(*args)
             if isinstance(result, torch.Tensor) and result.is_meta:
                 return result
-        if info.garbage:
-            encoder.fresh(result)
-        outs = encoder.tensor(result, False) if info.garbage else encoder.result(result)
-        written = self._written(info, args, kwargs)
-        for t in written:
-            self.resized(t.untyped_storage())
-        writes = tuple([encoder.tensor(t, True) for t in written])
+        outs = encoder.fresh(result) if info.garbage else encoder.result(result)
+        written, writes = [], ()
+        if info.writes or info.hidden_writes:
+            written = self._written(info, args, kwargs)
+            for t in written:
+                self.resized(t.untyped_storage())
+            writes = tuple([encoder.tensor(t, True) for t in written])
         call = OpCall(len(self.ops), info.name, encoded, keywords, outs, writes, span, None, digest_in)
         targets = _targets(result, outs, written, writes)
         if not info.garbage and self.floats is None:
@@ -188,14 +190,15 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _read_by(info: OpInfo, args, kwargs) -> list[torch.Tensor]:
-        if info.reads_nothing:
-            return []
         found: list[torch.Tensor] = []
+        if info.reads_nothing:
+            return found
+        unread = info.unread
         for i, a in enumerate(args):
             if isinstance(a, torch.Tensor):
-                if i not in info.unread:
+                if i not in unread:
                     found.append(a)
-            elif type(a) in (list, tuple) and i not in info.unread:
+            elif type(a) in (list, tuple) and i not in unread:
                 _collect(a, found)
         if kwargs:
             for k, a in kwargs.items():
@@ -385,8 +388,11 @@ def _collect(a, found: list[torch.Tensor]) -> None:
 def _targets(result, outs: Arg, written: list[torch.Tensor], writes: tuple[TensorRef, ...]) -> list[torch.Tensor]:
     """The tensors of `OpCall.targets()`, in its order."""
     found: list[torch.Tensor] = []
-    _collect((result,), found)
+    if isinstance(result, torch.Tensor):
+        found.append(result)
+    else:
+        _collect((result,), found)
     if written:
-        returned = tuple(tensors(outs))
+        returned = (outs,) if type(outs) is TensorRef else tuple(tensors(outs))
         found += [t for t, ref in zip(written, writes) if ref not in returned]
     return found

@@ -1,4 +1,6 @@
 """Traps of recording, one by one: what a trace says must be what was computed."""
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,44 @@ def test_in_place_and_out_arguments():
     assert add.writes == (add.outs,) == (add.args[0],) and reads(add) == (add.args[0],)
     assert first.writes == (first.kwargs["out"],) and reads(first) == (first.args[0], first.args[1])
     assert y.tolist() == [27.0] * 3 and len(reads(second)) == 2
+
+
+def test_of_a_large_buffer_only_what_is_used_is_in_the_trace():
+    def run():
+        bucket = torch.empty(1 << 24, 3)       # 200 MB
+        bucket.view(-1)[5:10].copy_(torch.ones(5))
+        bucket[2].mul_(2)
+        torch.empty(1 << 26).numel()           # not used at all
+        return bucket.view(torch.int32)[3, 1].add(0)
+
+    trace, _ = record(run)
+    first, second = (c for c in trace.ops if c.name == "aten.empty.memory_format")
+    assert first.args == (Sequence((4, 3)),) and first.outs.size == (4, 3) and first.outs.stride == (3, 1)
+    assert second.outs.size == (1,)
+    assert [trace.storages[c.outs.storage].nbytes for c in (first, second)] == [4 * 3 * 4, 4]
+
+
+def test_a_large_buffer_that_is_resized_or_small_stays():
+    def run():
+        torch.empty(9).add_(1)
+        torch.empty(1 << 19).untyped_storage().resize_(0)
+
+    trace, _ = record(run)
+    assert [c.outs.size for c in trace.ops if c.name == "aten.empty.memory_format"] == [(9,), (1 << 19,)]
+
+
+def test_what_is_written_unseen_into_a_large_buffer_is_found():
+    def run():
+        bucket = torch.empty(1 << 25)
+        raw = np.frombuffer((ctypes.c_float * bucket.numel()).from_address(bucket.data_ptr()), dtype=np.float32)
+        raw[1000] = 7
+        bucket[:10].add(1)                     # nobody wrote there
+        bucket[1000:1001].add(1)
+
+    trace, blobs = record(run)
+    blank, found = (c.args[0].storage for c in trace.ops if c.name == "aten.add.Tensor")
+    assert not trace.storages[blank].initial and trace.storages[found].initial
+    assert blobs[f"init.{found}"].view(np.float32)[1000] == 7
 
 
 def test_digests_cover_what_is_read():
