@@ -20,11 +20,11 @@ import trainverify as tv  # noqa: E402
 from models.llama import IGNORE, Config, Llama, random_batch, token_loss  # noqa: E402
 
 RANKS = 2
-CASES = [{"stage": 1}, {"stage": 2}, {"stage": 3}]
+CASES = [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 2, "defaults": True}, {"stage": 3, "defaults": True}]
 CONFIG = Config(vocab=20, hidden=12, heads=6, kv_heads=2, head_dim=4, ffn=10, layers=2)
 MICROBATCHES = 3
 MAX_NORM = 0.1
-BUCKETS = {"reduce_bucket_size": 2_000, "allgather_bucket_size": 2_000}      # elements; by default half a billion
+BUCKETS = {"reduce_bucket_size": 2_000, "allgather_bucket_size": 2_000}      # elements; half a billion by default: all gradients in one bucket
 SHARDS = {"stage3_param_persistence_threshold": 50, "stage3_prefetch_bucket_size": 500}      # elements; only norms stay whole
 
 
@@ -61,22 +61,22 @@ def reference():
     return tv.Training(model, step, batch=batch)
 
 
-def settings(stage):
+def settings(stage, defaults=False):
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": MICROBATCHES,
         "gradient_clipping": MAX_NORM,
-        "zero_optimization": {"stage": stage, **BUCKETS, **(SHARDS if stage == 3 else {})},
+        "zero_optimization": {"stage": stage, **({} if defaults else BUCKETS | (SHARDS if stage == 3 else {}))},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     }
 
 
-def parallel(ref, stage):
+def parallel(ref, stage, defaults=False):
     dist.init_process_group("nccl")
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Llama(CONFIG)
     model.load_state_dict(ref.weights)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups(model), config=settings(stage), dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups(model), config=settings(stage, defaults), dist_init_required=False)
     tokens, labels = (ref.batch[k].chunk(world)[rank] for k in ("tokens", "labels"))
     parts = list(zip(tokens.chunk(MICROBATCHES), labels.chunk(MICROBATCHES)))
 

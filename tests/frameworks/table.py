@@ -93,7 +93,9 @@ DEEPSPEED = [
     Case("deepspeed_llama_bf16.py", {"stage": 2}),
     Case("deepspeed_zero.py", {"stage": 1}),
     Case("deepspeed_zero.py", {"stage": 2}),
+    Case("deepspeed_zero.py", {"stage": 2, "defaults": True}),
     Case("deepspeed_zero.py", {"stage": 3}, quick=True),
+    Case("deepspeed_zero.py", {"stage": 3, "defaults": True}),
     Case("wrong/deepspeed_norm_of_one_rank.py", expected="REFUTED", place=("deepspeed/runtime/zero/stage_1_and_2.py", "torch.linalg.vector_norm(g.data")),
 ]
 
