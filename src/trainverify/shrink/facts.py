@@ -62,6 +62,10 @@ class Facts:
     def dims(self, ref: TensorRef) -> tuple[int, ...]:
         return self.layout.dims(ref, self.span)
 
+    def is_read(self, ref: TensorRef) -> bool:
+        """Whether any call reads the memory that this one writes."""
+        return self.layout.canon[ref.storage] in self.layout.read
+
     def out(self, k: int = 0) -> TensorRef:
         return self.call.targets()[k]
 

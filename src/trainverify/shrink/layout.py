@@ -14,6 +14,7 @@ import numpy as np
 
 from trainverify.diagnostics import Span
 from trainverify.ir.trace import OpCall, Program, TensorRef
+from trainverify.ops.access import reads
 from trainverify.shrink.repeat import Repeats, item, references
 from trainverify.shrink.spaces import Kept, Spaces
 
@@ -73,12 +74,14 @@ class Layout:
         self.items: dict[int, int] = {}
         self.views: dict[TensorRef, View] = {}
         self._intervals: dict[int, list[tuple[int, int]]] = {}
+        self.read: set[int] = set()           # storages that some call reads
         self._collect()
 
     def _collect(self) -> None:
         widths: dict[int, set[int]] = defaultdict(set)
         intervals: dict[int, set[tuple[int, int]]] = defaultdict(set)
         for call in self.repeats.distinct():
+            self.read.update([self.canon[r.storage] for r in reads(call)])
             for ref in references(call):
                 if ref.numel:
                     sid = self.canon[ref.storage]

@@ -13,8 +13,9 @@ from trainverify.shrink.classes import Classes, read, refusal
 from trainverify.shrink.integers import Full, Integers, Values, check_sizes
 from trainverify.shrink.repeat import item
 from trainverify.shrink.rewrite import Rewriter
-from trainverify.shrink.solve import LEAST, Sizes, atoms_of, problem, solve
+from trainverify.shrink.solve import LEAST, Sizes, problem, solve
 from trainverify.shrink.spaces import Kept
+from trainverify.shrink.values import fill
 from trainverify.shrink.values import fill
 
 ROUNDS = 6                                    # of finding the indices that occur; each adds some
@@ -38,11 +39,11 @@ def sized(classes: Classes, base: int = LEAST, required: dict[int, set[int]] | N
     required = required or {}
     found = solve(classes, problem(classes, {a: len(v) for a, v in required.items()}, base))
     atoms = {}
-    for a in atoms_of(classes):
-        n, size = found.count[a], classes.spaces.size(a)
-        must = sorted(required.get(a, ()))
-        free = [i for i in range(min(size, n + len(must))) if i not in required.get(a, ())]
-        atoms[a] = np.array(sorted([*must, *free[:n - len(must)]]), dtype=np.int64)
+    for a, n in found.count.items():
+        if n < classes.spaces.size(a):        # the others keep all
+            must = required.get(a, set())
+            free = [i for i in range(n + len(must)) if i not in must]
+            atoms[a] = np.array(sorted([*must, *free[:n - len(must)]]), dtype=np.int64)
     return Kept(classes.spaces, atoms), found
 
 
@@ -53,13 +54,16 @@ def reduce_programs(reference: Program, parallel: Program, table: OpTable, base:
     integers = Integers(classes, values, table)
     check_sizes(classes, integers)
     kept, sizes, full = _settled(classes, integers, base, progress)
-    programs = {}
+    programs, checked = {}, {}
     progress("reduce", "programs")
     for side, program in classes.programs.items():
         made = [Rewriter(classes, classes.layouts[(side, rank)], kept, values, full) for rank in range(len(program.traces))]
         built = [m.program() for m in made]
         programs[side] = Program([t for t, _ in built], [b for _, b in built])
-        check(programs[side], [m.checked for m in made], table)
+        checked[side] = [m.checked for m in made]
+    fill(programs["reference"], programs["parallel"])
+    for side, program in programs.items():
+        check(program, checked[side], table)
     fill(programs["reference"], programs["parallel"])
     for layout in classes.layouts.values():
         for ref in layout.views:
