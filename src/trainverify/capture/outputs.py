@@ -225,14 +225,14 @@ class Outputs:
     def _local(tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a tensor, complete: shares of a DTensor are summed and a pending collective is waited for, as any reader would."""
         if isinstance(tensor, DTensor):
-            tensor = tensor.detach()
             if any(p.is_partial() for p in tensor.placements):
-                tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+                tensor = tensor.detach().redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
             tensor = tensor._local_tensor
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
         share = kept_share(tensor)
-        return (tensor if share is None else share).detach()
+        with unseen():
+            return (tensor if share is None else share).detach()
 
     @staticmethod
     def _crc(tensor: torch.Tensor) -> int:

@@ -181,12 +181,18 @@ _define_operators()
 
 _MATH_OPS = {"sqrt": "sqrt", "exp": "exp", "log": "log", "sin": "sin", "cos": "cos", "tanh": "tanh", "pow": "pow", "fabs": "abs"}
 _MATH_DECISIONS = ("isnan", "isinf", "isfinite")
+_PLAIN_NUMBERS = frozenset({int, float, bool, torch.Size})
 
 
 def _math_function(name: str, function: Callable) -> Callable:
     """math.<name>, which keeps or reports tracked arguments."""
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
+        for a in args:
+            if type(a) not in _PLAIN_NUMBERS:
+                break
+        else:
+            return function(*args, **kwargs)
         tracked = list(_tracked(args))
         if not tracked:
             return function(*args, **kwargs)

@@ -138,18 +138,20 @@ class Spans:
         kinds, found, in_engine = self._kinds, [], False
         while frame is not None:
             code = frame.f_code
-            file = code.co_filename
+            file = code.co_filename            # a code object would be hashed with all its constants
             kind = kinds.get(file)
-            if kind is None:
-                kind = kinds[file] = self._kind(file)
-            if kind == _USER:
-                found.append((file, frame.f_lineno, code.co_name))
-                if len(found) == _DEPTH:
+            if kind:                           # most frames are of no interest
+                if kind == _USER:
+                    found.append((file, frame.f_lineno, code.co_name))
+                    if len(found) == _DEPTH:
+                        break
+                elif kind == _BOTTOM:
                     break
-            elif kind == _ENGINE and not found and code.co_name == _ENGINE_FUNCTION:
-                in_engine = True
-            elif kind == _BOTTOM:
-                break
+                elif not found and code.co_name == _ENGINE_FUNCTION:
+                    in_engine = True
+            elif kind is None:
+                kinds[file] = self._kind(file)
+                continue
             frame = frame.f_back
         return tuple(found), in_engine
 
