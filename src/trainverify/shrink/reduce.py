@@ -47,45 +47,52 @@ def sized(classes: Classes, base: int = LEAST, required: dict[int, set[int]] | N
     return Kept(classes.spaces, atoms), found
 
 
+class Reducer:
+    """Both programs, read once; reduced as often as is asked, to sizes of at least `base`. Raises Fault where that cannot be done."""
+
+    def __init__(self, reference: Program, parallel: Program, table: OpTable, progress: Callable = lambda *a, **k: None):
+        progress("reduce", "classes")
+        self.table, self.progress = table, progress
+        self.classes = read(reference, parallel, table)
+        self.values = Values(self.classes)
+        for domain, call in self.values.clashes():
+            self.classes.spaces.pin(domain.space, f"its indices are also numbers, in {call.name}", domain.span)
+        self.classes.spaces.close()
+        self.integers = Integers(self.classes, self.values, table)
+
+    def classified(self, base: int = LEAST) -> tuple[Classes, Kept]:
+        """Classes and sizes alone, without rewriting anything: for `trainverify shapes`."""
+        return self.classes, _settled(self.classes, self.integers, base, self.progress)[0]
+
+    def reduced(self, base: int = LEAST) -> Reduced:
+        classes = self.classes
+        check_sizes(classes, self.integers)
+        kept, sizes, full = _settled(classes, self.integers, base, self.progress)
+        programs, checked = {}, {}
+        self.progress("reduce", "programs")
+        for side, program in classes.programs.items():
+            made = [Rewriter(classes, classes.layouts[(side, rank)], kept, self.values, full) for rank in range(len(program.traces))]
+            built = [m.program() for m in made]
+            programs[side] = Program([t for t, _ in built], [b for _, b in built])
+            checked[side] = [m.checked for m in made]
+        fill(programs["reference"], programs["parallel"])
+        for side, program in programs.items():
+            check(program, checked[side], self.table)
+        for layout in classes.layouts.values():
+            for ref in layout.views:
+                if item(ref.dtype) == layout.items.get(ref.storage) and not layout.restricts(ref, layout.reduced(ref, kept), kept):
+                    raise AssertionError(f"{layout.where}: {ref} at the reduced sizes is not its restriction: {layout.reduced(ref, kept)}")
+        return Reduced(programs["reference"], programs["parallel"], classes, kept, sizes, len(full.truths))
+
+
 def reduce_programs(reference: Program, parallel: Program, table: OpTable, base: int = LEAST, progress: Callable = lambda *a, **k: None) -> Reduced:
     """Reduce both programs together. Raises Fault where that cannot be done."""
-    progress("reduce", "classes")
-    classes, values = _read(reference, parallel, table)
-    integers = Integers(classes, values, table)
-    check_sizes(classes, integers)
-    kept, sizes, full = _settled(classes, integers, base, progress)
-    programs, checked = {}, {}
-    progress("reduce", "programs")
-    for side, program in classes.programs.items():
-        made = [Rewriter(classes, classes.layouts[(side, rank)], kept, values, full) for rank in range(len(program.traces))]
-        built = [m.program() for m in made]
-        programs[side] = Program([t for t, _ in built], [b for _, b in built])
-        checked[side] = [m.checked for m in made]
-    fill(programs["reference"], programs["parallel"])
-    for side, program in programs.items():
-        check(program, checked[side], table)
-    fill(programs["reference"], programs["parallel"])
-    for layout in classes.layouts.values():
-        for ref in layout.views:
-            if item(ref.dtype) == layout.items.get(ref.storage) and not layout.restricts(ref, layout.reduced(ref, kept), kept):
-                raise AssertionError(f"{layout.where}: {ref} at the reduced sizes is not its restriction: {layout.reduced(ref, kept)}")
-    return Reduced(programs["reference"], programs["parallel"], classes, kept, sizes, len(full.truths))
-
-
-def _read(reference: Program, parallel: Program, table: OpTable) -> tuple[Classes, Values]:
-    classes = read(reference, parallel, table)
-    values = Values(classes)
-    for domain, call in values.clashes():
-        classes.spaces.pin(domain.space, f"its indices are also numbers, in {call.name}", domain.span)
-    classes.spaces.close()
-    return classes, values
+    return Reducer(reference, parallel, table, progress).reduced(base)
 
 
 def classified(reference: Program, parallel: Program, table: OpTable, base: int = LEAST) -> tuple[Classes, Kept]:
     """Classes and sizes alone, without rewriting anything: for `trainverify shapes`."""
-    classes, values = _read(reference, parallel, table)
-    kept, _, _ = _settled(classes, Integers(classes, values, table), base, lambda *a, **k: None)
-    return classes, kept
+    return Reducer(reference, parallel, table).classified(base)
 
 
 def _settled(classes: Classes, integers: Integers, base: int, progress: Callable) -> tuple[Kept, Sizes, Full]:

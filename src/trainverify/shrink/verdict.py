@@ -19,7 +19,7 @@ from trainverify.ops.standard import standard_table
 from trainverify.relate.symbols import Symbols
 from trainverify.report.model import Assumption, Phase, Report
 from trainverify.shrink.describe import criterion, describe
-from trainverify.shrink.reduce import Reduced, reduce_programs
+from trainverify.shrink.reduce import Reduced, Reducer
 from trainverify.shrink.solve import LEAST
 
 ATTEMPTS = 3
@@ -34,9 +34,13 @@ class Runs:
 
     def run(self, reference: Program, parallel: Program, extra_rows=()) -> None:
         table, blank, least = standard_table(extra_rows), copy.deepcopy(self.report), LEAST
+        clock = time.perf_counter()
+        reducer = Reducer(reference, parallel, table, self.progress)
+        read = time.perf_counter() - clock
         for attempt in range(ATTEMPTS):
             _restore(self.report, blank)
-            small = self._reduced(reference, parallel, table, least)
+            self.report.phases.append(Phase("classes", read))
+            small = self._reduced(reducer, least)
             analysis = self.analyse(self.report, small.reference, small.parallel)
             needed, short = criterion(small.classes, small.kept, analysis.proof.obligations) if analysis is not None else (0, 0)
             if not short or not self.report.count("PROVED"):
@@ -44,13 +48,13 @@ class Runs:
             least = needed
         self._conclude(small, needed, short)
         if self.report.count("PROVED"):
-            self._elsewhere(reference, parallel, table, least + APART)
+            self._elsewhere(reducer, least + APART)
         if self.cross_check and self.report.count("PROVED"):
-            self._again(reference, parallel, table, least + APART, blank)
+            self._again(reducer, least + APART, blank)
 
-    def _reduced(self, reference: Program, parallel: Program, table, least: int) -> Reduced:
+    def _reduced(self, reducer: Reducer, least: int) -> Reduced:
         clock = time.perf_counter()
-        small = reduce_programs(reference, parallel, table, least, self.progress)
+        small = reducer.reduced(least)
         self.report.phases.append(Phase("reduce", time.perf_counter() - clock, f"sizes of at least {least} where they are reduced"))
         return small
 
@@ -68,11 +72,11 @@ class Runs:
         if report.outputs:
             report.verdict = overall(report)
 
-    def _elsewhere(self, reference: Program, parallel: Program, table, least: int) -> None:
+    def _elsewhere(self, reducer: Reducer, least: int) -> None:
         """Equality in the field at other sizes: what is equal at one choice alone (a literal that happens to be a reduced count) is not."""
-        small = self._reduced(reference, parallel, table, least)
+        small = self._reduced(reducer, least)
         clock = time.perf_counter()
-        found = replay_both(small.reference, small.parallel, table, Symbols(small.reference), 2 * self.report.seed + 5, self.progress).comparison.compared
+        found = replay_both(small.reference, small.parallel, reducer.table, Symbols(small.reference), 2 * self.report.seed + 5, self.progress).comparison.compared
         self.report.phases.append(Phase("replay at other sizes", time.perf_counter() - clock))
         differing = {key for key, c in found.items() if any(p.wrong("field") or p.undefined() for p in c.pieces)}
         self._withdraw([o for o in self.report.outputs if (o.kind, o.name, o.step) in differing], "proved at one choice of sizes, and different at another")
@@ -87,10 +91,10 @@ class Runs:
                                                   fix="verify without --reduce, at sizes that are small from the start"))
         self.report.verdict = overall(self.report)
 
-    def _again(self, reference: Program, parallel: Program, table, least: int, blank: Report) -> None:
+    def _again(self, reducer: Reducer, least: int, blank: Report) -> None:
         """The same at other sizes: a regression check of the reduction itself."""
         other = copy.deepcopy(blank)
-        small = self._reduced(reference, parallel, table, least)
+        small = self._reduced(reducer, least)
         self.analyse(other, small.reference, small.parallel)
         there = {(o.kind, o.name, o.step): o.verdict for o in other.outputs}
         differing = [o for o in self.report.outputs if o.verdict == "PROVED" and there.get((o.kind, o.name, o.step)) != "PROVED"]
