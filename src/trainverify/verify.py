@@ -84,6 +84,7 @@ def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) 
     report = Report(spec=str(path), steps=options.steps, seed=options.seed)
 
     def body() -> None:
+        options.check()
         programs = _loaded(Path(path), report)
         _analyse(report, *programs, replace(options, accept=(*options.accept, *_index(Path(path)).accept)), progress)
 
@@ -173,6 +174,7 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str, com
     def body() -> None:
         from trainverify.capture.session import capture
 
+        options.check()
         spec = load()
         captured = capture(spec, options, progress)
         report.ranks = captured.ranks

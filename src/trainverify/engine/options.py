@@ -1,8 +1,12 @@
 """What a run may be told: frozen, passed down, no configuration singleton."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from trainverify.diagnostics import Diagnostic, Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +39,23 @@ class Options:
     reduce: bool = False
     cross_check: bool = False
     full_size: bool = False
+
+    def check(self) -> None:
+        """Raises Fault with OPT001 for a value that no run can have; the command line says it of its own arguments earlier."""
+        wrong = {"ranks": self.ranks is not None and not _whole(self.ranks, 1) and "a number of processes, from 1 on", "steps": not _whole(self.steps, 1) and "a number from 1 on",
+                 "seed": not _whole(self.seed, 0) and "an integer from 0 on", "timeout": not _positive(self.timeout) and "a positive number of seconds",
+                 "accept": next((f"places FILE:LINE, and {a!r} is none" for a in self.accept if not _place(a)), False)}
+        if found := [Diagnostic("OPT001", f"{name}={getattr(self, name)!r}: it must be {what}", fix=f"Give {name} another value, or leave it out.") for name, what in wrong.items() if what]:
+            raise Fault(*found)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _place(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.rpartition(":")[0]) and value.rpartition(":")[2].isdecimal()

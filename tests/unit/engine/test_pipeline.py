@@ -90,6 +90,17 @@ def test_a_spec_file_and_a_case():
     assert report.rerun == f"trainverify verify {SPECS / 'swiglu.py'} --case swapped=True --steps 1 --seed 0"
 
 
+@pytest.mark.parametrize("given", [{"seed": -1}, {"seed": "1"}, {"steps": 0}, {"ranks": 0}, {"ranks": True}, {"timeout": 0}, {"timeout": float("nan")},
+                                   {"timeout": float("inf")}, {"accept": "model.py:12"}, {"accept": ["model.py"]}])
+def test_a_value_that_no_run_can_have(given):
+    def never(*arguments):
+        raise AssertionError("it ran")
+    (name,) = given
+    report = tv.verify(never, never, **given)
+    (fault,) = report.diagnostics
+    assert report.verdict == "ERROR" and report.outputs == [] and fault.code == "OPT001" and fault.message.startswith(f"{name}=")
+
+
 def test_dry_run_from_python():
     report = tv.verify(reference, parallel, ranks=1, steps=1, dry_run=True)
     assert report.mode == "dry-run" and report.outputs == [] and report.bound == (2, 2)
