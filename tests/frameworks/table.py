@@ -115,8 +115,7 @@ TORCH = [
         "bucket_view", "checkpointed", "checkpointed_reentrant", "zero", "fsdp1_original", "fsdp1_flat", "fsdp1_accumulate", "fsdp1_mixed",
         "fsdp2_keep", "fsdp2_mixed", "fsdp2_accumulate")),
     Case("torch_data_parallel.py", {"how": "hsdp"}, ranks=4),
-    Case("torch_optimizers.py", {"how": "foreach"}, expected="UNKNOWN", why="NAdam divides by the root of its bias correction, an irrational number that Python computes; the ten others are proved"),
-    *(Case("torch_optimizers.py", {"how": how}) for how in ("fused", "sharded")),
+    *(Case("torch_optimizers.py", {"how": how}) for how in ("foreach", "fused", "sharded")),
     *(Case("torch_pipelining.py", {"schedule": name}) for name in (
         "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "zero_bubble", "zbv", "dual_pipe_v")),
     *(Case("torch_tensor_parallel.py", {"how": how}) for how in ("by_dtensor", "no_sequence", "parallel_loss")),

@@ -6,10 +6,30 @@ import torch
 import torch.nn.functional as F
 
 from judge import assert_equal, assert_not_equal
-from pairs import ROWS, WIDTH, compare_forward
+from pairs import LR, ROWS, WIDTH, compare, compare_forward, update
 
 EPS = 1e-5
 MASK = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
+
+
+# ---- optimizers
+@pytest.mark.parametrize("make", [torch.optim.NAdam, torch.optim.AdamW, torch.optim.Adam], ids=lambda c: c.__name__)
+def test_optimizers_for_each_and_in_a_loop(make):
+    """Second moments over their bias corrections, before and after the root."""
+    def by(**options):
+        return update(lambda p: make(p, lr=LR, **options))
+    assert_equal(compare(by(foreach=False), by(foreach=True), steps=2))
+
+
+def test_a_bias_correction_of_another_step():
+    def adam(late):
+        def build(parameters):
+            optimizer = torch.optim.NAdam(parameters, lr=LR, foreach=late)
+            for group in optimizer.param_groups if late else ():
+                group["betas"] = (0.9, 0.998)
+            return optimizer
+        return update(build)
+    assert_not_equal(compare(adam(False), adam(True), steps=2))
 
 
 # ---- norms and activations

@@ -3,7 +3,8 @@
 Contents with at most 24 significant bits, and whole numbers, are exact. Any other content is *settled* when it arises: it is
 the constant that it equals up to float64 rounding, else a simple rational, else (parallel side) the reference's constant within
 4 units in the last place of float32, which is recorded as an assumption, else what the operation on residues gives, else a
-recognised root, else a number of its own.
+recognised root, else a number of its own. What an operation gives may be known to be a rational all the same, or the root of one: 1 - 0.999 is 1/1000, however
+float64 subtracts.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,6 +23,10 @@ from trainverify.algebra import primes
 SAME = 1e-13                                  # relative: two float64 evaluations of one constant
 _EXACT_WHOLE = 2.0 ** 53
 _SHORT, _SNAPPED = 24, 16                     # significant bits: exact up to _SHORT; float32 data beyond _SNAPPED may be a rounded constant
+_SIMPLE = 1 << 48                             # above the numerators and denominators that residues are read as
+_NEAR = 1e-9                                  # relative: a float64 computation of a few steps, with cancellation
+_PRODUCT = math.prod(primes.MODULI)
+_CRT = tuple(_PRODUCT // m * pow(_PRODUCT // m, -1, m) for m in primes.MODULI)
 _DATA_LIMIT = 1 << 16                         # larger data tensors are not searched for rounded constants
 
 
@@ -37,16 +43,13 @@ class Rounding:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A constant that is not exact: canonical content (positive), residues, parity (of the numerator, for the signs of logarithms),
-    the rational that it is, if it is one."""
+    what it is: (q, n) for the n-th root of the rational q, None for any other number; whether the content alone tells that it is rational."""
 
     value: float
     residues: tuple[int, ...]
     odd: bool
-    exact: Fraction | None
-
-    @property
-    def rational(self) -> bool:
-        return self.exact is not None
+    meaning: tuple[Fraction, int] | None
+    rational: bool = False
 
 
 def is_short(x: torch.Tensor, bits: int = _SHORT) -> torch.Tensor:
@@ -113,6 +116,34 @@ def _near_power(x: float, root: int, limit: int) -> Fraction | None:
 
 def fraction_residues(f: Fraction) -> tuple[int, ...]:
     return tuple(f.numerator * pow(f.denominator, -1, m) % m for m in primes.MODULI)
+
+
+def reconstructed(residues: tuple[int, ...]) -> Fraction | None:
+    """The rational with numerator and denominator below 2^48 that has these residues. There is at most one, since the moduli multiply to more than 2^120, and for
+    a number that is none the odds of finding one are below 2^-24."""
+    low, high = _PRODUCT, sum(r * c for r, c in zip(residues, _CRT)) % _PRODUCT
+    below, above = 0, 1
+    while high >= _SIMPLE:
+        quotient = low // high
+        low, high = high, low - quotient * high
+        below, above = above, below - quotient * above
+    if not high or abs(above) >= _SIMPLE:
+        return None
+    found = Fraction(high, above)
+    return found if found.denominator == abs(above) else None
+
+
+def _derived(v: float, residues: tuple[int, ...]) -> tuple[Fraction, int] | None:
+    """What a positive content is whose residues follow from those of rationals: a rational or the square root of one, near the content."""
+    f = reconstructed(residues)
+    if f is not None and abs(float(f) - v) <= _NEAR * v:
+        return f, 1
+    squares = _raised(residues, 2)
+    for signs in product((1, -1), repeat=len(squares)):      # the power map's root of what has none is one of its negative
+        f = reconstructed(tuple(s * r % m for s, r, m in zip(signs, squares, primes.MODULI)))
+        if f is not None and abs(float(f) - v * v) <= _NEAR * v * v and _root(fraction_residues(f)) == residues:
+            return f, 2
+    return None
 
 
 def _root(residues: tuple[int, ...], times: int = 1) -> tuple[int, ...]:
@@ -213,20 +244,22 @@ class Constants:
             rounded = float(np.float32(v))
             if self.parallel and self._holds_data(rounded):
                 return self._known_or_exact(rounded)
-            return self._register(Entry(f.numerator / f.denominator, fraction_residues(f), f.numerator % 2 == 1, f))
+            return self._register(Entry(f.numerator / f.denominator, fraction_residues(f), f.numerator % 2 == 1, (f, 1), True))
         if self.parallel:
             near = [w for w in (_nearest(self._reference, v), _nearest_array(self._reference_data, v)) if w is not None]
             near = [w for w in near if abs(w - v) <= _four_ulp(v) and not (w in self._known and self._known[w].rational)]
             if near:
                 return self._known_or_exact(min(near, key=lambda w: abs(w - v)))
         residues = self._recognise(v) if implied is None else implied
-        entry = self._register(Entry(v, residues or self._atom(v), False, None))
-        if scalar:
+        meaning = _derived(v, implied) if scalar and implied is not None else None
+        odd = meaning is not None and meaning[1] == 1 and meaning[0].numerator % 2 == 1
+        entry = self._register(Entry(v, residues or self._atom(v), odd, meaning))
+        if scalar and meaning is None:
             self._scalars.append(entry)
         return entry
 
     def _known_or_exact(self, v: float) -> Entry:
-        return self._known.get(v) or Entry(v, fraction_residues(Fraction(v)), False, Fraction(v))
+        return self._known.get(v) or Entry(v, fraction_residues(Fraction(v)), False, (Fraction(v), 1), True)
 
     def _register(self, entry: Entry) -> Entry:
         if entry.value not in self._known:
@@ -343,9 +376,9 @@ class Constants:
         """What a settled positive content is: (q, n) for the n-th root of the rational q; None for any other number."""
         if _is_exact(v):
             return Fraction(v), 1
-        exact = self._known[v].exact
-        if exact is not None:
-            return exact, 1
+        known = self._known[v].meaning
+        if known is not None:
+            return known
         for root in (2, 4):
             f = _near_power(v, root, 1 << 26)
             if f is not None:

@@ -1,7 +1,8 @@
 """Marks of rows by how they were computed (untrusted): they tell apart what fingerprints cannot, such as many different ways to write zero.
 
 A mark is the row's value where the reference's identifiers are independent random residues, but for sums and multiples of others,
-and where every function but sums and products is a hash. Rows that are equal as polynomials in such identifiers have equal marks.
+and where every function but sums, products and powers is a hash. Rows that are equal as polynomials in such identifiers have equal marks, and so have those
+of which factors stand inside a root here and outside there (a second moment over its bias correction, before or after the root).
 """
 from __future__ import annotations
 
@@ -82,6 +83,9 @@ class Structure:
             return columns[0] * columns[1] % P
         if kind == "dot":
             return sum(a * b % P for a, b in zip(columns[0::2], columns[1::2])) % P
+        power = Fraction(-1) if kind == "inv" else Fraction(1, 2) if kind == "sqrt" else attr if kind == "pow" else None
+        if power is not None:
+            return _powers(columns[0], power)
         salt = np.uint64(int.from_bytes(hashlib.blake2b(repr((kind, attr)).encode(), digest_size=8).digest(), "little"))
         hashes = [packed(c).astype(np.uint64) for c in columns]
         if kind == "max":
@@ -104,6 +108,19 @@ def divided(residues: np.ndarray, c: Fraction) -> np.ndarray:
 
 def _rational(q: Fraction) -> np.ndarray:
     return np.array([[q.numerator * pow(q.denominator, -1, p) % p] for p in P[:, 0].tolist()], I64)
+
+
+def _powers(x: np.ndarray, q: Fraction) -> np.ndarray:
+    """x^q of residues [2, n]. A root is another power, which is multiplicative as roots are, but of which no power is x: sqrt(x^2) is not x."""
+    root = 1 if q.denominator == 1 else int.from_bytes(hashlib.blake2b(b"root %d" % q.denominator, digest_size=4).digest(), "little") | 1
+    out = np.ones_like(x)
+    for k, p in enumerate(P[:, 0].tolist()):
+        exponent, base = q.numerator * root % (p - 1), x[k]
+        while exponent:
+            if exponent & 1:
+                out[k] = out[k] * base % p
+            base, exponent = base * base % p, exponent >> 1
+    return out
 
 
 def _mixed(h: np.ndarray) -> np.ndarray:

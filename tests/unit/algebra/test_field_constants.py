@@ -51,6 +51,36 @@ def test_other_data_is_exact():
     assert m.data(torch.tensor([True, False])).num.tolist() == [1, 0] and m.data(torch.tensor([2 ** 40])).num.item() == 2 ** 40
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_what_is_computed_from_rationals_is_known_though_float64_cancels(steps):
+    """Bias corrections 1 - 0.999^n and their roots, however they are reached: as a number, as the rational or root that they are."""
+    m = Field(1)
+    one, beta = m.const(1), m.const(0.999)
+    power = one
+    for _ in range(steps):
+        power = m.mul(power, beta)
+    correction, exact = m.sub(one, power), 1 - Fraction(999, 1000) ** steps
+    assert m.constants.meaning(correction.num.item()) == (exact, 1)
+    assert of(m, correction) == residues(exact)
+    assert m.constants.meaning(m.sqrt(correction).num.item()) == (exact, 2)
+    assert m.constants.meaning(m.inv(m.sqrt(correction)).num.item()) == (1 / exact, 2)
+
+
+def test_what_is_no_rational_is_not_reconstructed():
+    g = torch.Generator().manual_seed(0)
+    for row in torch.stack([torch.randint(1, p, (500,), generator=g) for p in MODULI], 1).tolist():
+        assert constants.reconstructed(tuple(row)) is None
+    m = Field(1)
+    assert m.constants.meaning(m.exp(m.const(Fraction(1, 3))).num.item()) is None
+    assert m.constants.meaning(m.add(m.sqrt(m.const(3)), m.const(1)).num.item()) is None
+
+
+@pytest.mark.parametrize("f", [Fraction(3), Fraction(-7, 3), Fraction(1999, 10 ** 6), Fraction(10 ** 14, 3 ** 20), Fraction((1 << 48) - 1, (1 << 48) - 3)])
+def test_residues_of_simple_rationals_give_them_back(f):
+    assert constants.reconstructed(tuple(residues(f))) == f
+    assert constants.reconstructed(tuple(residues(f + (1 << 48)))) is None or f + (1 << 48) == constants.reconstructed(tuple(residues(f + (1 << 48))))
+
+
 def test_random_numbers_are_rarely_taken_for_rationals():
     g = torch.Generator().manual_seed(0)
     sample = (torch.rand(2000, generator=g, dtype=F64) + 0.5).tolist()

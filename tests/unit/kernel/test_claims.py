@@ -229,6 +229,28 @@ def marks(store: Store, code: int, *rows: list[int]) -> list[int]:
     return packed(Structure(store).of_rows(code, np.array(rows))).tolist()
 
 
+def test_marks_let_factors_through_roots():
+    """sqrt(1000 v) is sqrt(v) sqrt(1000) by structure, and sqrt(x x) is not x."""
+    store = Store()
+    v = store.symbols(1)
+
+    def made(kind, *row, attr=None):
+        code, rows = store.operation(kind, attr, len(row)), np.array([row])
+        return int(store.define(code, rows, store.known(code, rows)[2])[0])
+
+    sqrt, mul, inv = store.operation("sqrt", None, 1), store.operation("mul", None, 2), store.operation("inv", None, 1)
+    thousand = store.constant(Fraction(1000))
+    scaled, square = made("mul", thousand, v), made("mul", v, v)
+    inside = marks(store, sqrt, [scaled])[0]
+    store.parallel = True
+    root, factor = made("sqrt", v), made("pow", thousand, attr=Fraction(1, 2))
+    assert marks(store, mul, [root, factor])[0] == inside
+    assert marks(store, mul, [root, thousand])[0] != inside
+    assert marks(store, mul, [made("inv", made("inv", root)), factor])[0] == inside
+    assert marks(store, inv, [made("inv", v)])[0] == marks(store, mul, [v, store.constant(Fraction(1))])[0]
+    assert marks(store, sqrt, [square])[0] not in (marks(store, mul, [v, c])[0] for c in (store.constant(Fraction(1)), store.constant(Fraction(-1))))
+
+
 def test_marks_by_structure():
     store = Store()
     x = store.symbols(6)
