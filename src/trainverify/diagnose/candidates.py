@@ -5,6 +5,7 @@ begin where this rank's part does, messages that go the wrong way round; and tho
 """
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from trainverify.replay.memory import is_float
 
 REDUCES = ("all_reduce", "reduce_scatter", "reduce")
 SAME_SIZE = ("reduce_scatter", "all_gather", "all_to_all")    # over a group of another size these deliver another shape
-MOST = 16                                     # candidates for one cause
+MOVED = ("other", "permutation", "stale", "other tensor", "additive term")     # what comes of values in other places
+MOST = 12                                     # candidates for one cause
 MOST_NAMES = 2
 
 
@@ -49,17 +51,20 @@ class Maker:
         self._meetings = 0
         self._relations: dict[int, Relation] = {}
 
-    def candidates(self, cause: Cause) -> list[Candidate]:
-        """At most MOST, no two with the same edit."""
-        out: dict[tuple, Candidate] = {}
-        for c in self._all(cause):
-            if not c.edit.empty:
-                out.setdefault(_signature(c.edit), c)
-            if len(out) == MOST:
-                break
-        return list(out.values())
+    def candidates(self, cause: Cause, probed: Iterable[Candidate] = ()) -> Iterator[Candidate]:
+        """No two with the same edit: what the diagnosis speaks for, then what probes find, then what is near."""
+        seen: set[tuple] = set()
+        for its in (itertools.islice(self._fresh(self._likely(cause), seen), MOST), probed, itertools.islice(self._fresh(self._near(cause), seen), MOST)):
+            yield from its
 
-    def _all(self, cause: Cause) -> Iterator[Candidate]:
+    def _fresh(self, its: Iterable[Candidate], seen: set[tuple]) -> Iterator[Candidate]:
+        for c in its:
+            signature = _signature(c.edit)
+            if not c.edit.empty and signature not in seen:
+                seen.add(signature)
+                yield c
+
+    def _likely(self, cause: Cause) -> Iterator[Candidate]:
         relation, status = cause.relation, self.watch.status.get(cause.nodes[0], "") if cause.nodes else ""
         factor = relation.factor if relation.kind == "multiple" else Fraction(status[2:]) if relation.kind == "other" and status.startswith("x ") else None
         if factor:
@@ -72,18 +77,23 @@ class Maker:
         if relation.ratio:
             yield from self.amounts.losses(relation.ratio)
         yield from self._origin_partial(cause)
+        yield from self._norms(cause)
         if relation.kind in ("other", "additive term"):
             yield from self.amounts.addends(cause.nodes)
+        if relation.kind in ("other", "additive term", "partial sum"):
             yield from self.amounts.reductions(list(cause.nodes))
-        if relation.kind in ("other", "permutation", "stale", "other tensor", "additive term"):
+        if relation.kind in MOVED:
             yield from self._positions(cause)
             yield from self._messages(cause)
-            yield from self.parts.candidates(cause.nodes)
+
+    def _near(self, cause: Cause) -> Iterator[Candidate]:
+        relation = cause.relation
         starts = [n for n in (relation.at, *cause.nodes) if n is not None]
         starts += [h.node for held in self._held([k[:2] for k in cause.keys[:2]], self.d.step) for h in held.values()] if not starts else []
-        yield from self._regrouped(starts)
-        if relation.kind == "partial sum":
-            yield from self.amounts.reductions(list(cause.nodes))
+        if relation.kind in MOVED:
+            yield from interleaved(self.parts.candidates(cause.nodes), self._regrouped(starts))
+        else:
+            yield from self._regrouped(starts)
 
     # ---- sums
     def _partial(self, cause: Cause) -> Iterator[Candidate]:
@@ -130,6 +140,18 @@ class Maker:
                 for r, ref in refs.items():
                     edit.after[self.places.settled(occurrence[r])].append(all_reduce(ref, group, "sum", self._meetings, self.flow.call(occurrence[r]).span))
         return Candidate(f"insert all_reduce(SUM) over {self.places.over(family)} after {self._line(occurrences)}", edit)
+
+    def _norms(self, cause: Cause) -> Iterator[Candidate]:
+        """The norm of what a rank holds, as the norm of what a group does."""
+        nodes = [n for n in cause.nodes if "norm" in self.flow.call(n).name.split(".")[1] and (ref := result(self.flow.call(n))) is not None and ref.numel == 1]
+        occurrences = self.places.occurrences(nodes, False)
+        for family in self.places.families() if nodes else ():
+            edit = self._reduce_results(occurrences, family).edit
+            for node, calls in edit.after.items():
+                ref, span = calls[0].args[0], calls[0].span
+                calls.insert(0, OpCall(0, "aten.square_.default", (ref,), {}, ref, (ref,), span))
+                calls.append(OpCall(0, "aten.sqrt_.default", (ref,), {}, ref, (ref,), span))
+            yield Candidate(f"sum the square of the norm over {self.places.over(family)}, and take the root of that, after {self._line(occurrences)}", edit)
 
     def _reduced_numbers(self, nodes: Iterable[Node]) -> Iterator[Candidate]:
         """A count that each rank makes of its own share, and that meets right values: its sum over some group; or its mean, as a sum with
@@ -346,6 +368,17 @@ class Maker:
 
 
 _NAMES = {"sum": "SUM", "avg": "AVG"}
+
+
+def interleaved(*iterators: Iterator[Candidate]) -> Iterator[Candidate]:
+    """In turn from each, while it has more."""
+    waiting = list(iterators)
+    while waiting:
+        for one in list(waiting):
+            try:
+                yield next(one)
+            except StopIteration:
+                waiting.remove(one)
 
 
 def _reducing(call: OpCall) -> bool:

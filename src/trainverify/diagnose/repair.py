@@ -16,6 +16,7 @@ from trainverify.diagnose.candidates import Maker
 from trainverify.diagnose.edit import Edit, applied
 from trainverify.diagnose.explain import Explanation
 from trainverify.diagnostics import Fault
+from trainverify.diagnose.probe import PROBE, Probes
 from trainverify.diagnose.trial import needed
 from trainverify.engine.analysis import Analysis
 from trainverify.engine.prove import Lineages, prove_programs
@@ -89,7 +90,7 @@ def repaired(job: Job) -> list[Finding]:
 def _told(job: Job, index: int, candidate: Candidate) -> Finding:
     """The finding; what mends it may say more of it than its values do."""
     finding, d = job.told.findings[index], job.told.diagnosis
-    if candidate.means is None or finding.diagnosis == candidate.means.kind:
+    if candidate.means is None or finding.diagnosis not in ("other", "partial sum"):
         return finding
     return d.writer.instead(finding, candidate.means, candidate.at, [d.by_key[k] for k in job.told.causes[index].keys])
 
@@ -110,14 +111,17 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
     maker = Maker(job.told.diagnosis)
     step = min(k[2] for k in wrong)
     first = {k for k in wrong if k[2] == step}
+    first = {k for k in first if k[0] in EARLY} or first
     edit, chosen, right, whole = Edit(), {}, set(), None
     likely: dict[int, Candidate] = {}
     for i, cause in enumerate(job.told.causes):
         early = {k for k in concerned[i] if k[2] == step}
+        early = {k for k in early if k[0] in EARLY} or early
         if not early or early <= right or job.told.findings[i].diagnosis == "decision":
             continue                          # an earlier repair mends it too, or other numbers are compared than should be
         updates_later = {k[0] for k in early} <= EARLY
-        for candidate in maker.candidates(cause):
+        probes = Probes(job.told.diagnosis, maker.places, lambda e: _doubled(job, edit, e)) if updates_later else None
+        for candidate in maker.candidates(cause, probes.candidates(cause) if probes is not None else ()):
             likely.setdefault(i, candidate)
             both = edit.joined(candidate.edit)
             if both is None or job.trials >= MOST_TRIALS:
@@ -164,6 +168,24 @@ def _tried(job: Job, program: Program, step: int = 0, updates_later: bool = Fals
     except CANNOT_RUN:
         return None
     return Trial(program, world, comparison)
+
+
+def _doubled(job: Job, edit: Edit, probe: Edit) -> World | None:
+    """The program with an edit and a probe, replayed in the field and in float64 up to what the probe adds; None if it cannot run."""
+    both = edit.joined(probe)
+    if both is None or job.trials >= MOST_TRIALS:
+        return None
+    job.trials += 1
+    job.progress("repair", f"candidate {job.trials}")
+    watched = job.analysis.second
+    algebras = [watched.field, watched.real]
+    binder = Binder(job.analysis.symbols, algebras)
+    edited = applied(job.parallel, both)
+    try:
+        cut = needed(edited, [(t.rank, c.index) for t in edited.traces for c in t.ops if c.name == "tv.output" and c.args[0] == PROBE])
+        return replay(cut, algebras, job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
+    except CANNOT_RUN:
+        return None
 
 
 def _until(program: Program, step: int) -> Program:
