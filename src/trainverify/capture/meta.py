@@ -7,6 +7,7 @@ that needs the value of a float is refused with its line; a float that leaves fo
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -209,15 +210,28 @@ def full_size() -> Iterator[None]:
 
 
 def _attention(patches: Patches) -> None:
-    """Attention on meta takes the form that it takes on a CPU where it can: one call instead of a mask of all pairs of places in each layer."""
+    """Attention on meta: one call where a CPU would make one, and one mask for all layers where it would make one for each."""
     original = F.scaled_dot_product_attention
+    futures: dict[tuple[int, int], torch.Tensor] = {}
+
+    def future(rows: int, columns: int) -> torch.Tensor:
+        if (rows, columns) not in futures:
+            futures[rows, columns] = torch.ones(rows, columns, dtype=torch.bool, device=CPU).triu(1)
+        return futures[rows, columns]
 
     def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        plain = all(type(t) is torch.Tensor and t.is_meta and t.dim() == 4 for t in (query, key, value))
-        fits = plain and attn_mask is None and not dropout_p and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1]
-        if fits and query.shape[0] == key.shape[0] and query.shape[-2] and key.shape[-2]:
+        fits = all(type(t) is torch.Tensor and t.is_meta and t.dim() == 4 for t in (query, key, value)) and attn_mask is None and not dropout_p
+        if not fits or (query.shape[1] != key.shape[1] and not enable_gqa) or query.shape[0] != key.shape[0]:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        share = query.shape[1] // key.shape[1]
+        if share > 1:
+            key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        if query.shape[-1] == value.shape[-1]:
             return _FLASH(query, key, value, 0.0, is_causal, scale=scale)[0]
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            scores = scores.masked_fill(future(query.shape[-2], key.shape[-2]), -math.inf)
+        return scores.softmax(-1) @ value
 
     patches.everywhere({original: scaled_dot_product_attention})
 

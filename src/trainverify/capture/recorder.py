@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -124,6 +125,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs) if self.floats is None else self._viewed(func(*args, **kwargs))
         if route == opinfo.COLLECTIVE:
             return self.collectives.call(func, args, kwargs)
+        if self.floats is not None and func._opname == "_wrap_tensor_autograd":
+            return AsyncCollectiveTensor(args[0])                  # its kernel for meta makes new memory
         if route == opinfo.ITEM:
             return self._item(info, func, args)
         if route == opinfo.DECOMPOSE:
