@@ -86,7 +86,9 @@ def verify_dir(path, options: Options = Options(), progress: Callable = _quiet) 
     def body() -> None:
         options.check()
         programs = _loaded(Path(path), report)
-        _analyse(report, *programs, replace(options, accept=(*options.accept, *_index(Path(path)).accept)), progress)
+        shared = _index(Path(path)).accept
+        _analyse(report, *programs, replace(options, accept=(*options.accept, *shared)), progress)
+        _forget_idle(report, shared, options)
 
     return _finish(report, options, body)
 
@@ -191,6 +193,7 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str, com
         if compare:
             accepting = replace(options, accept=(*options.accept, *spec.accept))
             _analyse(report, captured.reference, captured.parallel, spec.op_rows(), accepting, progress)
+            _forget_idle(report, spec.accept, options)
 
     return _finish(report, options, body)
 
@@ -209,6 +212,15 @@ def _finish(report: Report, options: Options, body: Callable[[], None]) -> Repor
     report.versions = versions()
     report.rerun = rerun_line(report, options)
     return report
+
+
+def _forget_idle(report: Report, shared: tuple[str, ...], options: Options) -> None:
+    """A spec's ACCEPT is for all of its cases: a place that this one does not need is no mistake."""
+    from trainverify.relate.decisions import idle_accepts
+
+    if report.case:
+        others = idle_accepts(tuple(a for a in shared if a not in options.accept), ())
+        report.diagnostics = [d for d in report.diagnostics if d not in others]
 
 
 def _own_peak() -> int:

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,23 @@ def test_a_spec_says_which_decisions_it_accepts(tmp_path):
     assert equal(verify_dir(tmp_path / "traces"))
     spec.write_text(CUTTING.replace(":16", ":15"))
     assert {"REL008", "ACC001"} <= {d.code for d in verify_spec(spec, one_rank).diagnostics}
+
+
+def test_an_accept_of_a_spec_with_cases_is_for_all_of_them(tmp_path):
+    spec = tmp_path / "cutting.py"
+    cases = 'CASES = [{"cut": True}, {"cut": False}]\n'
+    spec.write_text(CUTTING.replace("ACCEPT", cases + "ACCEPT").replace(":16", ":17")
+                    .replace("parallel(ref)", "parallel(ref, cut)").replace("weights, cut=True", "weights, cut=cut"))
+    one_rank = Options(ranks=1, steps=1, timeout=60.0)
+    for cut in (True, False):
+        report = verify_spec(spec, replace(one_rank, case={"cut": cut}))
+        assert equal(report), report
+        assert bool([a for a in report.assumptions if "accepted" in a.text]) is cut
+        assert "ACC001" not in {d.code for d in report.diagnostics}
+    capture_spec(spec, tmp_path / "traces", replace(one_rank, case={"cut": False}))
+    assert "ACC001" not in {d.code for d in verify_dir(tmp_path / "traces").diagnostics}
+    asked = verify_spec(spec, replace(one_rank, case={"cut": False}, accept=("cutting.py:17",)))
+    assert "ACC001" in {d.code for d in asked.diagnostics}       # the user names it for this very run
 
 
 # ---- traces on disk
