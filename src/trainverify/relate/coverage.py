@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from trainverify.diagnostics import Diagnostic, Fault
-from trainverify.ir.trace import Arg, Collective, OpCall, Program, ScalarRef, Sequence, TensorRef, tensors
+from trainverify.ir.trace import Arg, Collective, OpCall, Program, ScalarRef, Sequence, TensorRef, Trace, tensors
 from trainverify.ops.access import reads
 from trainverify.ops.foreach import foreach_call
+from trainverify.relate.liveness import idle_calls
 from trainverify.replay.collectives import Tensors, deliver, message
 from trainverify.replay.machine import Machine
 from trainverify.replay.native import dtype_of
@@ -130,6 +131,8 @@ class Reads:
         self.m = Moves()
         self.cells: dict[int, dict[int, tuple[torch.Tensor, int]]] = defaultdict(dict)   # rank -> storage -> (origins, bytes of an element)
         self.counts: dict[tuple[int, int, str], torch.Tensor] = {}                       # (step, rank, op) -> how often, by origin
+        self.traces: dict[int, Trace] = {}
+        self._calls: dict[tuple[int, int, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)     # which call read which origins
         # (rank, step, span) -> for each set of labels that is compared there: how many are not the ignored value
         self.marked: dict[tuple[int, int, int], dict[bytes, int]] = defaultdict(dict)
         self.lost: dict[str, str] = {}                                                   # batch tensor -> where it left for Python
@@ -227,6 +230,8 @@ class Reads:
             if item == dtype_of(ref.dtype).itemsize:      # else bytes are reinterpreted: all that is there counts as read
                 origins = self._get(machine, ref)
             counts += torch.bincount(origins.reshape(-1), minlength=self.batch.total)
+            self._calls[key].append((call.index, origins.reshape(-1).to(torch.int32)))
+        self.traces[machine.rank] = machine.trace
 
     def _count_marked(self, machine: Machine, call: OpCall, read: list[TensorRef]) -> None:
         """Comparisons of labels with a negative number: how many of them are valid."""
@@ -235,6 +240,15 @@ class Reads:
             origins = self._get(machine, read[0])
             valid = int((machine.native.tensor(read[0])[origins > 0] != call.args[1]).sum())
             self.marked[(machine.rank, machine.step, call.span)].setdefault(origins.contiguous().numpy().tobytes(), valid)
+
+    def used(self) -> dict[tuple[int, int, str], torch.Tensor]:
+        """`counts` of the reads on which something depends that leaves the program."""
+        idle, out = idle_calls(self.traces.values()), {}
+        for key, calls in self._calls.items():
+            kept = [origins for index, origins in calls if (key[1], index) not in idle]
+            if kept:
+                out[key] = torch.bincount(torch.cat(kept), minlength=self.batch.total)
+        return out
 
     def compared_labels(self, step: int) -> dict[int, tuple[int, ...]]:
         """Per rank: how many labels were no ignored ones, for each set of labels that the first line to compare some compares."""
@@ -380,34 +394,42 @@ class Coverage:
         self.never: dict[str, tuple[int, ...]] = {}                   # tensor -> samples that no rank reads
         self.repeated: dict[str, dict[int, int]] = {}                 # tensor -> sample -> how often it is read
         self.readers: dict[tuple[str, int], tuple[int, ...]] = {}     # tensor and sample -> ranks that read it
-        steps = sorted({s for s, _, _ in (*reference.counts, *parallel.counts) if s})
+        self._judge_all(parallel.counts)
+        if any(self.repeated.values()):        # a pipeline's first step may run a microbatch for its shapes only
+            never, self.repeated, self.readers = self.never, {}, {}
+            self._judge_all(parallel.used())
+            self.never = never
+
+    def _judge_all(self, counts: dict) -> None:
+        steps = sorted({s for s, _, _ in (*self.reference.counts, *counts) if s})
         for tensor in self.tensors:
             once: set[int] = set()
             for step in steps:
-                once |= self._judge(tensor, step)
-            # A first step may run a microbatch for its shapes only: what counts is a sample that no step reads once.
+                once |= self._judge(tensor, step, counts)
+            # What counts is a sample that no step reads once.
             for sample in once & self.repeated.get(tensor.name, {}).keys():
                 del self.repeated[tensor.name][sample]
 
-    def _counts(self, side: Reads, tensor: BatchTensor, step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
+    @staticmethod
+    def _counts(by_key: dict, tensor: BatchTensor, step: int) -> Iterator[tuple[int, str, torch.Tensor]]:
         """Per rank and op: how often each element is read, as [sample, element]."""
-        found = [(s, rank, op, mine) for (s, rank, op), counts in side.counts.items() if bool((mine := counts[tensor.first:tensor.first + tensor.n]).any())]
+        found = [(s, rank, op, mine) for (s, rank, op), counts in by_key.items() if bool((mine := counts[tensor.first:tensor.first + tensor.n]).any())]
         # What is only read before the first step (to make features of it, say) is read for all steps.
         at = step if any(s for s, _, _, _ in found) else 0
         for s, rank, op, mine in found:
             if s == at:
                 yield rank, op, mine.reshape(tensor.samples, -1)
 
-    def _judge(self, tensor: BatchTensor, step: int) -> set[int]:
+    def _judge(self, tensor: BatchTensor, step: int, counts: dict) -> set[int]:
         """Note what is wrong with one tensor in one step; the samples that are read as often as they should."""
         expected = torch.zeros(tensor.samples, dtype=torch.bool)
-        for _, _, counts in self._counts(self.reference, tensor, step):
-            expected |= counts.any(1)
+        for _, _, times in self._counts(self.reference.counts, tensor, step):
+            expected |= times.any(1)
         by_op: dict[str, torch.Tensor] = {}
         by_rank: dict[int, torch.Tensor] = {}
-        for rank, op, counts in self._counts(self.parallel, tensor, step):
-            by_op[op] = by_op[op] + counts if op in by_op else counts
-            by_rank[rank] = by_rank[rank] | counts.any(1) if rank in by_rank else counts.any(1)
+        for rank, op, times in self._counts(counts, tensor, step):
+            by_op[op] = by_op[op] + times if op in by_op else times
+            by_rank[rank] = by_rank[rank] | times.any(1) if rank in by_rank else times.any(1)
         read = torch.stack([torch.zeros_like(expected), *by_rank.values()]).any(0)
         if tensor.name not in self.lost:
             never = torch.nonzero(expected & ~read).reshape(-1).tolist()

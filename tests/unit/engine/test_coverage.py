@@ -119,6 +119,36 @@ def test_one_rank_reads_a_microbatch_twice():
     assert "samples 3-5" in d.message and d.ranks == (1,)
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_microbatch_that_is_run_for_its_shapes_only(used):
+    """As pipelines do in their first step, with the communication of tensor parallelism in it; it counts if anything is made of it."""
+    def reference():
+        torch.manual_seed(0)
+        model, b = Model(), make_batch(6)
+        made = training(model, [(b["tokens"], b["labels"])])
+        return tv.Training(made.model, made.step, batch=b)
+
+    def parallel(ref):
+        dist.init_process_group("gloo")
+        model = Model()
+        model.load_state_dict(ref.weights)
+        parts = list(zip(*(ref.batch[k].chunk(2)[dist.get_rank()].split(1) for k in ("tokens", "labels"))))
+        made = training(model, parts)
+
+        def step():
+            tokens, labels = parts[0]
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+            (first,) = torch.autograd.grad(loss, model.head.weight)
+            dist.all_reduce(first)
+            norm = first.norm()
+            return {**made.step(), **({"norm": norm} if used else {})}
+        return tv.Training(made.model, step)
+
+    report = tv.verify(reference, parallel, ranks=2, steps=1, timeout=60.0, dry_run=True)
+    assert [d.message.split(" read")[0] for d in found(report, "DATA002")] == (["batch['labels']: samples 0, 3"] if used else [])
+    assert report.data.startswith("6 samples: samples 0, 3 read more often" if used else "6 samples, each read once")
+
+
 def test_a_microbatch_in_the_place_of_another():
     def stale(b, rank, world):
         parts = list(zip(*(b[k].chunk(world)[rank].split(1) for k in ("tokens", "labels"))))
