@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -65,23 +65,33 @@ def preload() -> None:
     importlib.import_module("trainverify.capture.world").preload()
 
 
-def run_all(runs: Sequence[Run], quiet: bool, keep_error: Callable[[str], str]) -> list[Report]:
-    """A report of every run, in order; `keep_error` writes the traceback of an error of our own and says where."""
+def run_all(runs: Sequence[Run], quiet: bool, keep_error: Callable[[str], str], routings: int = 1) -> list[Report]:
+    """A report of every run, in order; `keep_error` writes the traceback of an error of our own and says where. A run whose choices depend on
+    data is repeated for as many routings."""
     preload()
-    reports = []
-    for i, run in enumerate(runs, 1):
-        case = Report(spec=str(run.spec), case=run.options.case)
+    reports: list[Report] = []
+    waiting, i = list(runs), 0
+    while waiting:
+        run, i = waiting.pop(0), i + 1
+        case = Report(spec=str(run.spec), case=run.options.case, routing=run.options.routing)
         if not quiet:
-            print(f"run {i} of {len(runs)}: {case.label}", file=sys.stderr, flush=True)
+            print(f"run {i} of {i + len(waiting)}: {case.label}", file=sys.stderr, flush=True)
         started = time.perf_counter()
         answer = _in_child(lambda run=run: json_.encode(_verified(run, quiet)))
         if answer.value:
             reports.append(json_.decode(answer.value))
+            if not run.options.routing and any(a.code == "A4" for a in reports[-1].assumptions):
+                waiting[:0] = [replace(run, options=_routed(run.options, n)) for n in range(1, routings)]
             continue
         own = [] if answer.faults else [_own_fault(answer, "the run", keep_error(answer.traceback) if answer.traceback else "")]
         reports.append(Report(verdict="ERROR", spec=str(run.spec), case=run.options.case, ranks=run.options.ranks or 0, steps=run.options.steps,
-                              seed=run.options.seed, seconds=time.perf_counter() - started, diagnostics=[*answer.faults, *own], versions=versions()))
+                              routing=run.options.routing, seed=run.options.seed, seconds=time.perf_counter() - started, diagnostics=[*answer.faults, *own], versions=versions()))
     return reports
+
+
+def _routed(options: Options, n: int) -> Options:
+    """The same run for the n-th further routing; its traces stand beside those of the first."""
+    return replace(options, routing=n, workdir=options.workdir and options.workdir.with_name(f"{options.workdir.name}-routing-{n + 1}"))
 
 
 def _listed(path: Path, stand_ins: Sequence[str]) -> bytes:

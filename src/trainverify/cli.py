@@ -129,9 +129,12 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
         return _usage("verify: error: --local and --skip are for scripts: there is no --reference")
     if args.cross_check and not (args.reduce or args.full_size):
         return _usage("verify: error: --cross-check is for --reduce")
-    if args.path is None or args.all_cases:
-        return _usage(f"verify: error: {asked[0]} is for one case of one spec") if asked else _verify_all(args, argv)
     fixed = [f"--{name.replace('_', '-')}" for name in ("ranks", "case", "steps", "timeout", "full_size") if getattr(args, name, None)]
+    fixed += ["--routings"] if args.routings > 1 else []
+    if args.routings > 1 and args.full_size:
+        return _usage("verify: error: --routings is for values, and with --full-size floats have none")
+    if args.path is None or args.all_cases or args.routings > 1 and not args.path.is_dir():
+        return _usage(f"verify: error: {asked[0]} is for one run of one spec") if asked else _verify_all(args, argv)
     if fixed and args.path.is_dir():
         return _usage(f"verify: error: {fixed[0]} is for a capture, and {args.path} holds one that was made")
     options = _options(args, _case_given(args), accept=tuple(args.accept), dry_run=args.dry_run, self_test=args.self_test, second_opinion=args.second_opinion,
@@ -154,7 +157,7 @@ def _verify_scripts(args: argparse.Namespace, argv: list[str], asked: list[str])
     lines = [*args.runs, *([args.script] if args.script else [])]
     wrong = ("scripts need --reference \"SCRIPT ...\"" if not args.reference else "scripts need a parallel command line, after -- or in --run" if not lines else
              f"{args.path} is a spec, and --reference a script: give one of them" if args.path is not None else
-             "--case and --all-cases are for specs" if args.case or args.all_cases else "--full-size is for specs" if args.full_size else f"{asked[0]} is for one parallel command line" if asked and len(lines) > 1 else "")
+             "--case, --all-cases and --routings are for specs" if args.case or args.all_cases or args.routings > 1 else "--full-size is for specs" if args.full_size else f"{asked[0]} is for one parallel command line" if asked and len(lines) > 1 else "")
     if wrong:
         return _usage(f"verify: error: {wrong}")
     try:
@@ -200,7 +203,7 @@ def _verify_all(args: argparse.Namespace, argv: list[str]) -> int:
     started = time.perf_counter()
     cases.preload()
     runs, reports = _planned(args, config)
-    reports += cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()))
+    reports += cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()), args.routings)
     return _deliver(Suite(reports, time.perf_counter() - started, versions=versions()), args, argv, args.format, args.output)
 
 
@@ -213,7 +216,7 @@ def _planned(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[Any
     for spec in config.specs if config is not None else (args.path,):
         spec = Path(os.path.relpath(spec)) if spec.is_relative_to(Path.cwd()) else spec
         try:
-            given = [_case_given(args)] if args.case else config.cases if config is not None and config.cases and not args.all_cases else cases.cases_of(spec, args.stand_in)
+            given = [_case_given(args)] if args.case or args.path is not None and not args.all_cases else config.cases if config is not None and config.cases and not args.all_cases else cases.cases_of(spec, args.stand_in)
         except Fault as fault:
             broken.append(Report(verdict="ERROR", spec=str(spec), ranks=args.ranks or 0, seed=args.seed, diagnostics=list(fault.diagnostics)))
             continue

@@ -169,7 +169,7 @@ def _index(folder: Path) -> CaptureIndex:
 # ---- the parts in order
 
 def _verify(load: Callable, options: Options, progress: Callable, name: str, compare: bool = True) -> Report:
-    report = Report(spec=name, case=dict(options.case), steps=options.steps, seed=options.seed, mode="dry-run" if options.dry_run else "verify")
+    report = Report(spec=name, case=dict(options.case), steps=options.steps, seed=options.seed, routing=options.routing, mode="dry-run" if options.dry_run else "verify")
     if options.keep and options.workdir is None:
         options = replace(options, workdir=KEPT)
 
@@ -243,6 +243,7 @@ def rerun_line(report: Report, options: Options) -> str:
 def _rerun_options(options: Options) -> list[str]:
     words = ["--steps", str(options.steps)] if options.steps != (1 if options.full_size else Options().steps) else []
     words += [w for place in options.accept for w in ("--accept", place)] + (["--dry-run"] if options.dry_run else [])
+    words += ["--routings", str(options.routing + 1)] if options.routing else []
     words += [word for word, asked in (("--no-repair", not options.repair), ("--full-size", options.full_size), ("--reduce", options.reduce and not options.full_size), ("--cross-check", options.cross_check)) if asked]
     return words
 

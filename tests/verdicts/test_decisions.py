@@ -1,11 +1,12 @@
 """Choices that float data makes: by the same values on both sides, or the verdict is withheld with the line."""
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 
 from judge import assert_equal, assert_line, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, line_of, summary
-from pairs import compare, compare_forward, sgd, update
+from pairs import ROWS, compare, compare_forward, sgd, update
 
 
 # -- comparisons inside tensors are no decisions: 0/1-valued, equal if their operands are
@@ -183,6 +184,14 @@ def test_same_routing_in_other_words():
         chosen = scores.topk(2).indices
         return h + scores * torch.zeros_like(h).scatter(1, chosen, 1.0)
     assert_equal(compare_forward(routed, by_mask))
+
+
+def test_the_report_says_which_routing_was_covered():
+    report = compare_forward(routed, routed)
+    (told,) = [a.text for a in report.assumptions if a.code == "A4"]
+    found = re.fullmatch(rf"routing and .* as recorded: top 2 of 6 at test_decisions.py:{line_of(routed, 'topk')} took these ([\d, ]+) times; checksum \w{{8}}", told)
+    counts = [int(n) for n in found[1].split(", ")]
+    assert len(counts) == 6 and sum(counts) == 2 * ROWS      # of each row of the only step
 
 
 def test_routing_on_other_scores():

@@ -139,7 +139,8 @@ def capture(spec: Spec, options: Any = CaptureOptions(), progress: Callable | No
     """
     case = spec.case(dict(options.case))
     options = CaptureOptions(options.steps, options.seed, options.timeout, options.workdir, spec.world_size(options.ranks, case), case,
-                             getattr(options, "second_run", None), full_size=getattr(options, "full_size", False), accept=(*options.accept, *spec.accept))
+                             getattr(options, "second_run", None), full_size=getattr(options, "full_size", False), accept=(*options.accept, *spec.accept),
+                             routing=getattr(options, "routing", 0))
     with _folder(options.workdir) as folder:
         done = _capture_both(spec, options, folder, progress)
         if options.full_size:
@@ -276,7 +277,8 @@ class Session:
         self.full_size = getattr(options, "full_size", False)
         floats = meta.MetaFloats() if self.full_size else None
         self.recorder = Recorder(side, rank.rank, rank.world_size, rank.channel, floats, tuple(getattr(options, "accept", ())))
-        self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0), getattr(options, "digit", -1))) if symbols else None
+        self.symbols = Symbols(self.recorder, Tagger(options.seed, getattr(options, "nudge", 0), getattr(options, "digit", -1),
+                                                       getattr(options, "routing", 0))) if symbols else None
         self.outputs = Outputs(self.recorder, self.symbols)
         self.stepped = (0, 0.0)
         self.meshes: list[DeviceMesh] = []

@@ -17,6 +17,7 @@ _NARROW_ZEROS = 13                            # low bits of an fp32 number that 
 _NARROW_LIMIT = 1024                          # more elements than that cannot be distinct near each other
 _LARGEST = 1e38
 _NUDGE = 2.0 ** -15                            # relative; a few distinct fp32 numbers with checksum away
+_FAR = 8.0                                     # times the usual distance from the initial values
 BASE = 1024                                    # of digits that 16 bit tags show
 _STEPS, _OCTAVE = 128, -5                  # numbers of 8 significant bits from 2^-5 down: the same in bfloat16 and in float16
 WIDE, NARROW = ("float32", "float64"), ("bfloat16", "float16")
@@ -32,12 +33,12 @@ class Tags:
 
 class Tagger:
     """Hands out tags; remembers all that it gave. nudge: other tags, those of 32 bits and more close to what they are without.
-    digit: 16 bit tags show this digit of the element's number (capture/digits.py)."""
+    digit: 16 bit tags show this digit of the element's number (capture/digits.py). routing: from 1 on, tags farther from the initial values."""
 
-    def __init__(self, seed: int, nudge: int = 0, digit: int = -1):
-        self._seed, self._nudge, self._blocks = seed, nudge, 0
+    def __init__(self, seed: int, nudge: int = 0, digit: int = -1, routing: int = 0):
+        self._nudge, self._blocks = nudge, 0
         self._digit, self._numbered = digit, 0
-        self._random = np.random.default_rng([seed, 0x7A6])
+        self._start, self._spread = [seed, 0x7A6, *([routing] if routing else [])], _FAR if routing else 1.0
         self._wide = np.zeros(1 << (32 - _CHECK_BITS), dtype=bool)      # which numbers were given, by their bits above the checksum
         self._narrow = np.zeros(1 << (32 - _NARROW_ZEROS), dtype=bool)  # ... by the bits that a 16 bit float has
 
@@ -45,21 +46,21 @@ class Tagger:
         """Tags for a flat fp32 array of initial values of a tensor of `dtype`. positive: no tag is negative."""
         base = np.nan_to_num(initial.astype(np.float64), nan=0.0, posinf=1.0, neginf=-1.0)
         self._blocks += 1
-        self._random = np.random.default_rng([self._seed, 0x7A6, self._blocks])
+        self._random = np.random.default_rng([*self._start, self._blocks])
         if dtype in WIDE:
-            return Tags(self._apart(self._nudged(self._near(base, positive, 1.0)).astype(np.float32)), True)
+            return Tags(self._apart(self._nudged(self._near(base, positive, self._spread)).astype(np.float32)), True)
         if self._digit >= 0:
             self._numbered += base.size
             return Tags(digit_values(np.arange(self._numbered - base.size, self._numbered), self._digit), True)
         if self._nudge:
-            self._random = np.random.default_rng([self._seed, 0x7A6, self._blocks, self._nudge])
+            self._random = np.random.default_rng([*self._start, self._blocks, self._nudge])
         make = _NARROW[dtype]
-        values = make(self._near(base, positive, 1.0)).astype(np.float32)
+        values = make(self._near(base, positive, self._spread)).astype(np.float32)
         again = self._clashes(values, np.arange(values.size))
         for round_ in range(1, _ROUNDS if values.size <= _NARROW_LIMIT else 1):
             if not again.size:
                 break
-            values[again] = make(self._near(base[again], positive, 1.0 + 0.25 * round_))
+            values[again] = make(self._near(base[again], positive, self._spread + 0.25 * round_))
             again = self._clashes(values, again)
         return Tags(values, not again.size)
 
@@ -91,7 +92,7 @@ class Tagger:
         """By steps of one sign per element, so that no value stays."""
         if not self._nudge:
             return values
-        random = np.random.default_rng([self._seed, 0x7A6, self._blocks, self._nudge])
+        random = np.random.default_rng([*self._start, self._blocks, self._nudge])
         return values * (1.0 + _NUDGE * random.uniform(1.0, 2.0, values.shape) * random.choice([-1.0, 1.0], values.shape))
 
     def _clashes(self, values: np.ndarray, among: np.ndarray) -> np.ndarray:

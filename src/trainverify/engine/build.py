@@ -10,6 +10,7 @@ from trainverify.ir.trace import Program
 from trainverify.relate.compare import Comparison
 from trainverify.relate.coverage import Coverage
 from trainverify.relate.layout import describe, layout
+from trainverify.relate.routing import covered, is_choice
 from trainverify.relate.symbols import Symbols
 from trainverify.report.model import Assumption, Binding, Finding, OutputResult, Report
 
@@ -132,8 +133,9 @@ def assumptions(analysis: Analysis, parallel: Program, notes: Notes) -> list[Ass
     if merged:
         places = _places(merged, analysis, parallel)
         out.append(Assumption("A3", f"rounding of constants: {len(merged)} values were taken for the reference's within 4 ulp of float32", places))
-    if analysis.first.parallel.machines and any(d.kind in ("topk", "sort", "cast", "mask") for m in analysis.first.parallel.machines for d in m.decisions):
-        out.append(Assumption("A4", "routing and other data-dependent choices as recorded"))
+    if any(is_choice(d.kind) for m in analysis.first.parallel.machines for d in m.decisions):
+        routing = covered(analysis.first.reference)
+        out.append(Assumption("A4", "routing and other data-dependent choices as recorded" + (f": {routing}" if routing else "")))
     if analysis.accepted:
         out.append(Assumption("A5", "decisions accepted by the user choose as the reference does", analysis.accepted))
     further = [*_custom(analysis), *notes.assumptions]

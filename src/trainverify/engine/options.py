@@ -15,7 +15,8 @@ class Options:
     that the user takes as matched; stand_ins: packages whose functions are taken as plain PyTorch; keep: keep the traces under workdir; second_opinion: "z3" or "cvc5" is asked about what was proved;
     certificate: a file for the proved obligations; dump_unknown: a folder for those that were not; counterexample: a file for a script
     that shows a difference; jobs: processes that analyse (2: the proof beside the rest; the report is the same); repair: try repairs of
-    what is refuted; self_test: plant bugs and see which the spec shows; full_size: capture sizes without the values of floats (implies reduce); cache: a verdict may be that of an earlier run on identical programs."""
+    what is refuted; self_test: plant bugs and see which the spec shows; full_size: capture sizes without the values of floats (implies reduce);
+    routing: from 1 on, symbols have other values, for which data may be routed otherwise; cache: a verdict may be that of an earlier run on identical programs."""
 
     ranks: int | None = None
     case: dict = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Options:
     reduce: bool = False
     cross_check: bool = False
     full_size: bool = False
+    routing: int = 0
 
     def check(self) -> None:
         """Raises Fault with OPT001 for a value that no run can have; the command line says it of its own arguments earlier."""

@@ -233,6 +233,7 @@ class Report(msgspec.Struct):
     self_test: SelfTest | None = None                # where one was asked for
     reduction: Reduction | None = None               # where one was asked for
     mode: str = "verify"                      # verify, dry-run (nothing was compared), capture
+    routing: int = 0                          # which of several draws of the symbols' values (0: near the initial ones)
 
     @property
     def exit_code(self) -> int:
@@ -261,7 +262,7 @@ class Report(msgspec.Struct):
     def label(self) -> str:
         """"spec.py[tp=2]": which run this is."""
         case = ",".join(f"{k}={v}" for k, v in self.case.items())
-        return (self.spec or "functions") + (f"[{case}]" if case else "")
+        return (self.spec or "functions") + (f"[{case}]" if case else "") + (f" routing {self.routing + 1}" if self.routing else "")
 
 
 class Suite(msgspec.Struct):

@@ -57,7 +57,8 @@ def _rows(suite: Suite, width: int) -> list[str]:
     single = len({r.spec for r in suite.reports}) == 1
     lines = [f"  {'case' if single else 'spec and case':<{_NAME}} ranks  verdict proved refuted unknown   time"]
     for r in suite.reports:
-        name = (",".join(f"{k}={v}" for k, v in r.case.items()) or "(defaults)") if single else short_path(r.label)
+        case = ",".join(f"{k}={v}" for k, v in r.case.items()) or "(defaults)"
+        name = case + (f" routing {r.routing + 1}" if r.routing else "") if single else short_path(r.label)
         numbers = "".join(f"{(r.count(v) if r.outputs else '-'):>{len(v) + 1}}" for v in _SORTS)
         row = f"{r.ranks or '-':>5}  {r.verdict:<7}{numbers} {r.seconds:>6.1f}"
         if len(name) > _NAME:

@@ -36,6 +36,16 @@ def test_other_seeds_give_other_values():
     assert not np.isin(a, b).all() and (a == Tagger(0).tag(np.ones(100, np.float32), "float32").values).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_routings_have_values_of_their_own_farther_away(dtype):
+    start = np.random.default_rng(0).normal(0, 0.02, 300).astype(np.float32)
+    near, first, second, again = (Tagger(5, routing=r).tag(start, dtype) for r in (0, 1, 2, 1))
+    assert all(t.distinct for t in (near, first, second)) and (first.values == again.values).all()
+    moved = [np.abs(t.values - start).mean() for t in (near, first, second)]
+    assert min(moved[1:]) > 3 * moved[0] and not np.isin(first.values, second.values).all()
+    assert np.abs(first.values).max() < 10 * np.abs(start).max()
+
+
 def to_bfloat16(x):
     return (x.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
 

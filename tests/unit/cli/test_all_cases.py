@@ -10,7 +10,7 @@ import pytest
 from trainverify import cases, cli
 from trainverify.diagnostics import Diagnostic, Fault, Span
 from trainverify.engine.options import Options
-from trainverify.report.model import Finding, OutputResult, Report
+from trainverify.report.model import Assumption, Finding, OutputResult, Report
 
 SPEC = """
 print("imported")
@@ -37,7 +37,9 @@ def answer(path, options, progress):
     if tp == 7:
         raise KeyboardInterrupt
     output = OutputResult("scalar", "loss", options.steps, (0,), "PROVED")
-    return Report(verdict="PROVED", spec=str(path), case=options.case, ranks=options.ranks or 2, steps=options.steps, seed=options.seed, outputs=[output])
+    assumed = [Assumption("A4", f"routing {options.routing} as recorded")] if tp == 8 else []
+    return Report(verdict="PROVED", spec=str(path), case=options.case, ranks=options.ranks or 2, steps=options.steps, seed=options.seed, outputs=[output],
+                  routing=options.routing, assumptions=assumed)
 
 
 @pytest.fixture
@@ -138,6 +140,23 @@ def test_what_all_cases_does_not_go_with(project, capfd, argv):
 
 # ---- pyproject.toml
 
+def test_routings_repeat_what_data_routes_and_nothing_else(project, capsys):
+    assert cli.main(["verify", "spec.py", "--case", "tp=8", "--routings", "3"]) == 0
+    assert [r["routing"] for r in reports()] == [0, 1, 2] and {r["seed"] for r in reports()} == {0}
+    shown = capsys.readouterr()
+    assert "run 3 of 3: spec.py[tp=8] routing 3" in shown.err and "tp=8 routing 2" in shown.out and "rerun: trainverify verify spec.py --case tp=8 --routings 3" in shown.out
+    assert all(f"routing {n} as recorded" in shown.out for n in range(3))
+    assert cli.main(["verify", "spec.py", "--case", "tp=2", "--routings", "3", "-q"]) == 0
+    assert [r["routing"] for r in reports()] == [0]
+    assert cli.main(["verify", "spec.py", "--case", "tp=8", "--routings", "2", "--debug", "-q"]) == 0
+
+
+@pytest.mark.parametrize("more", [["--full-size"], ["--self-test"], ["--reference", "a.py", "--", "b.py"]])
+def test_routings_are_for_values_and_for_specs(project, capsys, more):
+    assert cli.main(["verify", *([] if more[0] == "--reference" else ["spec.py"]), "--routings", "2", *more]) == 2
+    assert "--routings" in capsys.readouterr().err or more == ["--self-test"]
+
+
 def test_the_projects_table_is_used_without_a_spec(project, monkeypatch):
     Path("more").mkdir()
     Path("more/b.py").write_text(SPEC)
@@ -151,7 +170,7 @@ def test_the_projects_table_is_used_without_a_spec(project, monkeypatch):
 def test_without_cases_it_is_all_of_them_and_the_command_line_wins(project, monkeypatch):
     table('specs = ["spec.py"]\nsteps = 3\ntimeout = 60\n')
     seen = []
-    monkeypatch.setattr(cases, "run_all", lambda runs, quiet, keep: seen.append(runs) or [])
+    monkeypatch.setattr(cases, "run_all", lambda runs, quiet, keep, routings: seen.append(runs) or [])
     cli.main(["verify", "--steps", "5"])
     cli.main(["verify", "--case", "tp=9"])
     assert [r.options for r in seen[0]] == [Options(case={"tp": 2}, steps=5, timeout=60.0, cache=True), Options(case={"tp": 3, "sp": True}, steps=5, timeout=60.0, cache=True)]
