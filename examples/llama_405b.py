@@ -16,7 +16,6 @@ RANKS = 8
 SIZES = {"small": Config(vocab=48, hidden=20, heads=16, kv_heads=8, head_dim=6, ffn=56),
          "405b": Config(vocab=128_256, hidden=16_384, heads=128, kv_heads=8, head_dim=128, ffn=53_248)}
 LENGTHS = {"small": 24, "405b": 8192}
-CASES = [{"size": "small", "layers": 2}, {"size": "small", "layers": 3}]
 
 
 def config(size, layers):

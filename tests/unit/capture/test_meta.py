@@ -1,0 +1,173 @@
+"""Full-size capture: floats have sizes and no memory, integers are what they are, and what needs values is refused with its line."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trainverify.capture.meta import KEY, VALUE, MetaFloats
+from trainverify.capture.recorder import Recorder
+from trainverify.capture.options import CaptureOptions
+from trainverify.capture.scalars import ScalarMode
+from trainverify.capture.session import capture
+from trainverify.capture.spec import load_spec
+from trainverify.diagnostics import Fault
+from trainverify.ir.trace import ScalarRef
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "llama_405b.py"
+LINES = Path(__file__).read_text().split("\n")
+
+
+def record(function, accept=()):
+    """The trace of a program of one rank whose floats have no values."""
+    recorder = Recorder("reference", 0, 1, None, MetaFloats(), accept)
+    with recorder.recording(), ScalarMode(recorder):
+        result = function()
+    return recorder, result
+
+
+def names(recorder):
+    return [c.name.split(".")[1] for c in recorder.ops]
+
+
+def line_of(text):
+    return 1 + next(k for k, line in enumerate(LINES) if text in line and "line_of" not in line)
+
+
+def test_floats_are_on_meta_whatever_the_device_and_integers_are_real():
+    def program():
+        weight = torch.ones(1 << 40, 1 << 10, device="cpu")
+        ids = torch.arange(4, device=weight.device)
+        return weight, ids, F.embedding(ids, weight[:100]), ids.float() * 0.5, (ids > 1).to(weight.device), torch.zeros(3, dtype=torch.long, device="meta")
+
+    _, (weight, ids, rows, halves, mask, zeros) = record(program)
+    assert all(t.is_meta for t in (weight, rows, halves)) and rows.shape == (4, 1 << 10) and weight.numel() == 1 << 50
+    assert ids.tolist() == [0, 1, 2, 3] and mask.tolist() == [False, False, True, True] and zeros.tolist() == [0, 0, 0]
+
+
+def test_numbers_that_python_puts_into_a_tensor_keep_their_bytes():
+    recorder, made = record(lambda: torch.tensor([1.5, -2.0]) * 2)
+    (call,) = recorder.ops
+    assert made.is_meta and recorder.encoder.initial[call.args[0].storage]
+    assert recorder.blobs[f"init.{call.args[0].storage}"].view(np.float32).tolist() == [1.5, -2.0]
+
+
+def test_the_trace_is_the_one_that_values_give():
+    def program():
+        torch.manual_seed(0)
+        x, w = torch.zeros(6, 8), torch.ones(5, 8, requires_grad=True)
+        index = torch.tensor([0, 2])
+        y = F.silu(x[index] @ w.t())
+        y[torch.tensor([True, False])] += 1.0
+        loss = F.cross_entropy(y, torch.tensor([1, 4])) + y.pow(2).mean().sqrt()
+        loss.backward()
+        with torch.no_grad():
+            w -= 0.1 * w.grad
+        return w
+
+    recorder, _ = record(program)
+    real = Recorder("reference", 0, 1, None)
+    with real.recording(), ScalarMode(real):
+        program()
+    assert [(c.name, c.args[1:], c.outs, c.writes) for c in recorder.ops] == [(c.name, c.args[1:], c.outs, c.writes) for c in real.ops]
+
+
+def test_a_mask_of_integers_says_how_many_rows_there_are():
+    _, chosen = record(lambda: torch.ones(5, 7)[torch.arange(5) % 2 == 0])
+    assert chosen.is_meta and chosen.shape == (3, 7)
+
+
+def test_what_is_drawn_at_the_start_is_garbage_and_in_a_step_refused():
+    recorder, _ = record(lambda: torch.empty(3).uniform_(-1, 1))
+    assert names(recorder) == ["empty", "empty", "copy_"] and recorder.ops[-1].args[1] == recorder.ops[1].outs and not any(c.rng for c in recorder.ops)
+
+    def step():
+        recorder.spans.begin_step(1)
+        return F.dropout(torch.ones(4))
+    recorder = Recorder("reference", 0, 1, None, MetaFloats())
+    with pytest.raises(Fault) as caught, recorder.recording():
+        step()
+    assert caught.value.diagnostics[0].code == "META001"
+
+
+def test_a_float_that_leaves_carries_its_origin_back():
+    def program():
+        norm = torch.ones(3).sum().item()
+        return torch.ones(2) * (1.0 / (norm + 1e-6))
+
+    recorder, _ = record(program)
+    assert [c.name for c in recorder.ops if c.name.startswith("tv.")] == ["tv.scalar.add", "tv.scalar.truediv"]
+    assert isinstance(recorder.ops[-1].args[1], ScalarRef)
+
+
+def branch():
+    norm = torch.ones(3).sum().item()
+    if norm > 2.0:                             # a branch on it
+        return "taken"
+    return "not taken"
+
+
+def test_a_branch_on_a_float_is_refused_with_its_line():
+    with pytest.raises(Fault) as caught:
+        record(branch)
+    (found,) = caught.value.diagnostics
+    assert found.code == "META002" and found.span.line == line_of("# a branch on it")
+
+
+def test_an_accepted_branch_is_not_taken_and_is_an_assumption():
+    place = f"test_meta.py:{line_of('# a branch on it')}"
+    recorder, result = record(branch, (place,))
+    assert result == "not taken" and [n.code for n in recorder.notes] == ["ASSUME"]
+    assert [c.outs for c in recorder.ops if c.name == "tv.decision"] == [False]
+
+
+@pytest.mark.parametrize("program", [
+    lambda: torch.ones(5)[torch.ones(5) > 0.5],
+    lambda: int(torch.ones(5).argmax()),
+    lambda: bool((torch.ones(2) > 0).all()),
+    lambda: torch.arange(3).copy_(torch.ones(3)),
+    lambda: torch.ones(3).nonzero(),
+], ids=["mask of floats", "index", "truth", "written integers", "nonzero"])
+def test_what_needs_values_is_refused(program):
+    with pytest.raises(Fault) as caught:
+        record(program)
+    assert caught.value.diagnostics[0].code == "META001"
+
+
+def test_a_call_is_learnt_by_its_sizes_and_not_by_its_memory():
+    def program():
+        x = torch.ones(4, 6)
+        first, second, other = x + 1.0, x + 1.0, x.t() + 1.0
+        second.mul_(2.0)
+        x.mul_(2.0)
+        return first, second, other
+
+    recorder, (first, second, other) = record(program)
+    assert names(recorder) == ["ones", "add", "add", "add", "mul_", "mul_"]
+    assert len({t.untyped_storage()._cdata for t in (first, second, other)}) == 3 and other.stride() == (1, 6)
+    assert recorder.ops[4].writes != recorder.ops[5].writes
+
+
+def test_a_program_at_full_size_is_the_program_at_small_sizes():
+    """The same spec: every call of every rank, but for what makes initial values."""
+    def calls(full_size):
+        done = capture(load_spec(EXAMPLE), CaptureOptions(steps=1, full_size=full_size, timeout=120))
+        assert done.diagnostics == []
+        return done, [[(c.name, [a.size for a in c.targets()]) for c in t.ops[next(k for k, c in enumerate(t.ops) if c.name == "tv.step"):]]
+                      for t in (*done.reference.traces, *done.parallel.traces)]
+
+    full, ours = calls(True)
+    real, theirs = calls(False)
+    assert ours == theirs
+    assert all(t.meta[KEY] == VALUE for t in full.parallel.traces) and not any(name.startswith("symbol.") for name in full.reference.blobs[0])
+    symbols = [[c.args[:2] for c in t.ops if c.name == "tv.symbol"] for t in full.parallel.traces]
+    assert all(s == symbols[0] and len(s) == 21 for s in symbols)
+    assert sum("without --full-size" in n.text for n in full.reference.traces[0].notes) == 1
+
+
+def test_true_sizes_take_no_memory():
+    done = capture(load_spec(EXAMPLE), CaptureOptions(steps=1, full_size=True, timeout=120, case={"size": "405b", "layers": 1}))
+    assert done.diagnostics == [] and done.peak_memory < 2 << 30
+    (weight,) = [c.args[2] for c in done.reference.traces[0].ops if c.name == "tv.symbol" and c.args[1] == "layers.0.mlp.gate.weight"]
+    assert weight.size == (53_248, 16_384) and done.reference.traces[0].storages[weight.storage].nbytes == 4 * 53_248 * 16_384
