@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from table import CASES, Case  # noqa: E402
 KEPT = ROOT / "bench" / "frameworks.json"
 DOCUMENT = ROOT / "docs" / "frameworks.md"
 MARK = "<!-- from here on written by `make bench-frameworks` -->\n"
-SHOWN = 12                                    # reasons of one case
+SHOWN, NAMED = 12, 6                           # reasons of one case, outputs of one reason that are named
+PLACES = (f"{sysconfig.get_path('purelib')}/", f"{ROOT}/")      # of this machine, which are no part of a figure
 
 
 def measure(case: Case) -> dict:
@@ -31,14 +33,33 @@ def measure(case: Case) -> dict:
     phases = Counter()
     for p in report["phases"]:
         phases["capture" if p["name"].startswith("capture") else "verify"] += p["seconds"]
-    failed = [f"{d['code']} {d['message']}" for d in report["diagnostics"] if d["severity"] in ("error", "internal")]
-    reasons = Counter((o["verdict"], o["reason"]) for o in report["outputs"] if o["verdict"] != "PROVED")
+    failed = [_placeless(f"{d['code']} {d['message']}") for d in report["diagnostics"] if d["severity"] in ("error", "internal")]
+    reasons: dict[tuple[str, str], list[dict]] = {}
+    for o in report["outputs"]:
+        if o["verdict"] != "PROVED":
+            reasons.setdefault((o["verdict"], _placeless(o["reason"] + _finding(report, o))), []).append(o)
     return {"name": case.name, "verdict": row["verdict"], "ranks": report["ranks"], "ops": row["ops"], "outputs": len(report["outputs"]),
             **{v: sum(o["verdict"] == v for o in report["outputs"]) for v in ("PROVED", "REFUTED", "UNKNOWN")},
             "capture": round(phases["capture"], 1), "verify": round(row["wall"] - phases["capture"], 1), "wall": round(row["wall"], 1),
             "cpu": round(row["cpu"], 1), "memory": row["peak_memory"], "failed": failed if report["verdict"] == "ERROR" else [],
-            "reasons": [[verdict, reason, n] for (verdict, reason), n in sorted(reasons.items())],
-            "assumed": [a["text"] + (f" ({', '.join(a['places'])})" if a["places"] else "") for a in report["assumptions"] if int(a["code"][1:]) > 5]}
+            "reasons": [[*why, len(outputs), _names(outputs)] for why, outputs in sorted(reasons.items())],
+            "assumed": [_placeless(a["text"] + (f" ({', '.join(a['places'])})" if a["places"] else "")) for a in report["assumptions"] if int(a["code"][1:]) > 5]}
+
+
+def _finding(report: dict, output: dict) -> str:
+    """What explains a difference, and where."""
+    if output["finding"] < 0:
+        return ""
+    told = report["findings"][output["finding"]]["diagnostic"]
+    return f"; {told['code']} {told['message']}" + (f" at {told['span']['file']}:{told['span']['line']}" if told["span"] else "")
+
+
+def _names(outputs: list[dict]) -> str:
+    """Which outputs these are: each, or of many how many of a kind."""
+    if len(outputs) <= NAMED:
+        return ", ".join(f"{o['kind']} {o['name']} of step {o['step']}" for o in outputs)
+    kinds = Counter((o["kind"], o["step"]) for o in outputs)
+    return ", ".join(f"{n} of kind {kind} of step {step}" for (kind, step), n in kinds.items())
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -59,7 +80,7 @@ def reasons(rows: list[dict]) -> list[str]:
             continue
         lines += [f"**`{r['name']}`** " + why[r["name"]], ""]
         lines += [f"- {text}" for text in r["failed"]]
-        lines += [f"- {n} x {verdict}: {_one_line(reason)}" for verdict, reason, n in r["reasons"][:SHOWN]]
+        lines += [f"- {n} x {verdict}: {_one_line(reason)}" + (f" ({_one_line(names)})" if names else "") for verdict, reason, n, names in r["reasons"][:SHOWN]]
         if len(r["reasons"]) > SHOWN:
             lines.append(f"- and {len(r['reasons']) - SHOWN} other reasons")
         lines.append("")
@@ -75,9 +96,16 @@ def assumed(rows: list[dict]) -> list[str]:
     return [f"- {text}: in {', '.join(f'`{n}`' for n in names)}" for text, names in found.items()]
 
 
+def _placeless(text: str) -> str:
+    """Without the places of this checkout and of its packages."""
+    for place in PLACES:
+        text = text.replace(place, "")
+    return text
+
+
 def _one_line(text: str) -> str:
-    """Without what breaks a list in Markdown, and without the place of this checkout."""
-    return " ".join(text.replace(f"{ROOT}/", "").replace("|", "/").replace("<", "(").replace(">", ")").split()).encode("ascii", "replace").decode()
+    """Without what breaks a list in Markdown."""
+    return " ".join(_placeless(text).replace("|", "/").replace("<", "(").replace(">", ")").split()).encode("ascii", "replace").decode()
 
 
 def document(rows: list[dict]) -> str:
