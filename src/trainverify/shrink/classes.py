@@ -12,6 +12,7 @@ import numpy as np
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ir.trace import Collective, OpCall, Program, TensorRef
+from trainverify.ops.access import reads
 from trainverify.ops.table import OpTable
 from trainverify.shrink.facts import Facts, Notes, Undecoded
 from trainverify.shrink.layout import Layout
@@ -71,7 +72,7 @@ def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meet
             if is_float(ref) and call.name != "tv.escape":
                 classes.computed.update(layout.dims(ref))
         if call.collective is None and not call.name.startswith("tv."):
-            if layout.repeats.began[call.index] or not is_integer_only(call):
+            if not is_integer_only(call) or (layout.repeats.began[call.index] and not any(layout.shifted(r) for r in reads(call))):
                 _apply(classes, layout, call, table)
             else:
                 classes.unread.add((*layout.where, call.index))

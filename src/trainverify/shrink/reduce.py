@@ -11,7 +11,6 @@ from trainverify.ops.table import OpTable
 from trainverify.shrink.check import check
 from trainverify.shrink.classes import Classes, read, refusal
 from trainverify.shrink.integers import Full, Integers, Values, check_sizes
-from trainverify.shrink.repeat import item
 from trainverify.shrink.rewrite import Rewriter
 from trainverify.shrink.solve import LEAST, Sizes, problem, solve
 from trainverify.shrink.spaces import Kept
@@ -80,7 +79,7 @@ class Reducer:
             check(program, checked[side], self.table)
         for layout in classes.layouts.values():
             for ref in layout.views:
-                if item(ref.dtype) == layout.items.get(ref.storage) and not layout.restricts(ref, layout.reduced(ref, kept), kept):
+                if layout.is_checked(ref) and not layout.restricts(ref, layout.reduced(ref, kept), kept):
                     raise AssertionError(f"{layout.where}: {ref} at the reduced sizes is not its restriction: {layout.reduced(ref, kept)}")
         return Reduced(programs["reference"], programs["parallel"], classes, kept, sizes, len(full.truths))
 

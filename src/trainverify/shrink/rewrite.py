@@ -16,7 +16,7 @@ from trainverify.shrink.counts import Written, _with
 from trainverify.shrink.integers import MOVES, SAME_ELSEWHERE, VALUELESS, Full, Values, places
 from trainverify.shrink.layout import Layout
 from trainverify.shrink.repeat import is_float, item
-from trainverify.shrink.rules import base
+from trainverify.shrink.rules import base, stepped
 from trainverify.shrink.spaces import Kept
 from trainverify.shrink.templates import Template
 
@@ -277,9 +277,17 @@ def _sliced(w: Rewriter, call: OpCall, after: OpCall) -> tuple[Arg, ...]:
     dim = call.args[2] % len(out.size)
     s = w.layout.dims(call.targets()[0])[dim]
     n = w.classes.spaces.size(s)
-    start = min(n, call.args[3] + n if call.args[3] < 0 else call.args[3])
-    lo = w.kept.before(s, start)
-    return (grad, Sequence(out.size), call.args[2], lo, lo + grad.size[dim], 1)
+    first = min(n, call.args[3] + n if call.args[3] < 0 else call.args[3])
+    step = call.args[5] if len(call.args) > 5 else 1
+    if step == 1:
+        lo = w.kept.before(s, first)
+        return (grad, Sequence(out.size), call.args[2], lo, lo + grad.size[dim], 1)
+    taken = w.layout.dims(call.args[0])[dim]
+    part, start = stepped(w.classes.spaces, s, first, step, taken)
+    small = w.kept.count(part) // grad.size[dim]
+    row = start + int(w.kept.indices(taken)[0]) * step
+    lo = w.kept.before(s, start) + w.kept.before(s, row + first - start) - w.kept.before(s, row)
+    return (grad, Sequence(out.size), call.args[2], lo, lo + (grad.size[dim] - 1) * small + 1, small)
 
 
 def _selected(w: Rewriter, call: OpCall, after: OpCall) -> tuple[Arg, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from trainverify.ir.trace import Sequence, TensorRef, inputs
 from trainverify.ops.table import OpTable
 from trainverify.shrink.facts import Facts, Undecoded, ints, refs
-from trainverify.shrink.spaces import ONE
+from trainverify.shrink.spaces import ONE, Spaces
 
 RULES: dict[str, Callable[[Facts], None]] = {}
 
@@ -19,7 +19,7 @@ CREATION = {"_local_scalar_dense", "is_nonzero", "equal", "zeros", "ones", "full
             "new_empty_strided", "scalar_tensor", "arange", "_efficientzerotensor"}
 RANDOM = {"normal", "uniform", "random", "bernoulli", "exponential", "cauchy", "log_normal", "geometric", "rand", "randn", "randint", "randperm", "normal_functional"}
 LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"}
-NOT_POINTWISE = {"glu", "glu_backward", "eye", "linspace", "logspace", "complex", "polar"}
+NOT_POINTWISE = {"glu", "glu_backward", "eye", "linspace", "logspace"}
 SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum"}
 OPTIMIZERS = {"_fused_adamw", "_fused_adam", "_fused_sgd", "_fused_adagrad", "_foreach_addcmul", "_foreach_addcdiv", "_foreach_copy"}
 REDUCTIONS = {"sum": 1, "nansum": 1, "mean": 1, "amax": 1, "amin": 1, "logsumexp": 1, "all": 1, "any": 1, "prod": 1, "linalg_vector_norm": 2, "norm": 2,
@@ -294,15 +294,30 @@ def slice_backward(f: Facts) -> None:
     """A slice of zeros is written."""
     g, out = f.dims(f.tensor(0)), f.dims(f.out())
     k = f.axis(2, len(out))
-    start, end, step = f.arg(3, "start", 0), f.arg(4, "end", None), f.arg(5, "step", 1)
-    if step != 1 or not isinstance(start, int):
-        raise Undecoded("a step")
+    start, step = f.arg(3, "start", 0), f.arg(5, "step", 1)
+    if not isinstance(start, int) or not isinstance(step, int) or step < 1:
+        raise Undecoded("a place that is no number")
     n = f.spaces.size(out[k])
-    lo = min(n, start + n if start < 0 else start)
-    f.same(f.spaces.segment(out[k], lo, lo + f.spaces.size(g[k])), g[k])
+    first = min(n, start + n if start < 0 else start)
+    if step == 1:
+        f.same(f.spaces.segment(out[k], first, first + f.spaces.size(g[k])), g[k])
+    else:
+        stepped(f.spaces, out[k], first, step, g[k])
     for j in range(len(out)):
         if j != k:
             f.same(g[j], out[j])
+
+
+def stepped(spaces: Spaces, whole: int, first: int, step: int, taken: int) -> tuple[int, int]:
+    """taken: every step-th index of a part of whole. The part, and where it starts."""
+    n = spaces.size(taken)
+    start = next((s for s in range(first, max(-1, first - step), -1) if s >= 0 and s + n * step <= spaces.size(whole)), None)
+    if start is None:
+        raise Undecoded("a step that does not divide what it steps through")
+    part, group = spaces.segment(whole, start, start + n * step), spaces.new(step)
+    spaces.product(part, (taken, group))
+    spaces.segment(group, first - start, first - start + 1)
+    return part, start
 
 
 @rule("select_backward")
