@@ -28,7 +28,7 @@ def views(rng: random.Random, t: torch.Tensor) -> list[torch.Tensor]:
     for _ in range(rng.randrange(1, 5)):
         v = rng.choice(out)
         k = rng.randrange(v.dim()) if v.dim() else 0
-        move = rng.choice(["slice", "select", "transpose", "expand", "view", "step"])
+        move = rng.choice(["slice", "select", "transpose", "expand", "view", "step", "pairs"])
         if not v.dim() or v.numel() < 2:
             continue
         if move == "slice":
@@ -42,6 +42,12 @@ def views(rng: random.Random, t: torch.Tensor) -> list[torch.Tensor]:
             v = v.unsqueeze(k).expand(*v.shape[:k], 3, *v.shape[k:])
         elif move == "step" and v.shape[k] % 2 == 0:
             v = v[(slice(None),) * k + (slice(0, None, 2),)]
+        elif move == "pairs" and v.shape[k] > 3:       # the even and the odd ones of a part
+            n = 2 * rng.randrange(1, v.shape[k] // 2)
+            lo = rng.randrange(v.shape[k] - n + 1)
+            part = v.narrow(k, lo, n)
+            out.append(part[(slice(None),) * k + (slice(0, None, 2),)])
+            v = part[(slice(None),) * k + (slice(1, None, 2),)]
         elif move == "view" and v.is_contiguous():
             v = v.view(-1, rng.choice([d for d in range(1, v.numel() + 1) if v.numel() % d == 0]))
         out.append(v)
@@ -67,6 +73,37 @@ def test_reduced_references_are_restrictions(seed):
         for k, s in enumerate(layout.dims(r)):
             full = full.index_select(k, torch.from_numpy(np.ascontiguousarray(kept.indices(s))))
         assert torch.equal(small.as_strided(new.size, new.stride, new.offset), full)
+
+
+def test_every_other_index_of_a_part_is_reduced():
+    """The rotary part of a head, whose size is odd: 7 of 15 are left alone, the other 8 are taken apart as 4 pairs."""
+    t = torch.arange(90.0).view(6, 15)
+    refs = [ref_of(t), ref_of(t[:, :7]), ref_of(t[:, 7::2]), ref_of(t[:, 8::2])]
+    spaces, layout = layout_of(90, refs)
+    for r in refs:
+        layout.dims(r)
+    spaces.close()
+    assert not spaces.pins
+    even, odd = (layout.dims(r)[1] for r in refs[2:])
+    assert spaces.find(even) == spaces.find(odd) and spaces.size(even) == 4
+    kept = Kept(spaces, {spaces.find(even): np.array([0, 2])})
+    assert kept.indices(layout.dims(refs[0])[1]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12]
+    assert all(layout.restricts(r, layout.reduced(r, kept), kept) for r in refs)
+
+
+def test_complex_numbers_are_pairs_of_floats():
+    t = torch.arange(48.0).view(4, 6, 2)
+    pairs = TensorRef(0, 0, (4, 6), (6, 1), "complex64")
+    spaces, layout = layout_of(48, [ref_of(t), pairs])
+    for r in (ref_of(t), pairs):
+        layout.dims(r)
+    spaces.close()
+    assert all(p.structural for p in spaces.pins)
+    rows, columns = layout.dims(pairs)
+    assert [spaces.find(s) for s in layout.dims(ref_of(t))[:2]] == [spaces.find(rows), spaces.find(columns)]
+    kept = Kept(spaces, {spaces.find(columns): np.array([1, 4])})
+    small = layout.reduced(pairs, kept)
+    assert small.size == (4, 2) and small.stride == (2, 1) and layout.restricts(pairs, small, kept)
 
 
 def test_a_matrix_in_rows_and_columns_of_ranks():
