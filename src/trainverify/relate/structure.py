@@ -1,6 +1,6 @@
 """Marks of rows by how they were computed (untrusted): they tell apart what fingerprints cannot, such as many different ways to write zero.
 
-A mark is the row's value where the reference's identifiers are independent random residues, but for sums and multiples of others,
+A mark is the row's value where the reference's identifiers are independent random residues, but for sums and multiples of others and powers of numbers,
 and where every function but sums, products and powers is a hash. Rows that are equal as polynomials in such identifiers have equal marks, and so have those
 of which factors stand inside a root here and outside there (a second moment over its bias correction, before or after the root).
 """
@@ -59,6 +59,8 @@ class Structure:
         kind = self._store.ops[code][0][0]
         if kind == "mul":
             return self._store.is_constant[operands].any(1)
+        if kind in ("pow", "sqrt", "inv"):    # the root of a number is a number
+            return self._store.is_constant[operands].all(1)
         return np.full(len(operands), kind in ("add", "sub", "neg"))
 
     def _set(self, ids: np.ndarray, residues: np.ndarray) -> None:

@@ -229,7 +229,8 @@ def marks(store: Store, code: int, *rows: list[int]) -> list[int]:
     return packed(Structure(store).of_rows(code, np.array(rows))).tolist()
 
 
-def test_marks_let_factors_through_roots():
+@pytest.mark.parametrize("met_before", [False, True])
+def test_marks_let_factors_through_roots(met_before):
     """sqrt(1000 v) is sqrt(v) sqrt(1000) by structure, and sqrt(x x) is not x."""
     store = Store()
     v = store.symbols(1)
@@ -241,9 +242,10 @@ def test_marks_let_factors_through_roots():
     sqrt, mul, inv = store.operation("sqrt", None, 1), store.operation("mul", None, 2), store.operation("inv", None, 1)
     thousand = store.constant(Fraction(1000))
     scaled, square = made("mul", thousand, v), made("mul", v, v)
+    known = made("pow", thousand, attr=Fraction(1, 2)) if met_before else None
     inside = marks(store, sqrt, [scaled])[0]
     store.parallel = True
-    root, factor = made("sqrt", v), made("pow", thousand, attr=Fraction(1, 2))
+    root, factor = made("sqrt", v), known or made("pow", thousand, attr=Fraction(1, 2))
     assert marks(store, mul, [root, factor])[0] == inside
     assert marks(store, mul, [root, thousand])[0] != inside
     assert marks(store, mul, [made("inv", made("inv", root)), factor])[0] == inside
