@@ -1,6 +1,7 @@
 """How much of the bug corpus is found and explained: every spec of tests/bugs, broken and fixed, and correct programs made at random.
 
     python bench/bugs.py [ID ...] [--generated N] [--from SEED] [--jobs N] [--json FILE]
+    python bench/bugs.py --show FILE ...
 
 A table by class of bugs: found (REFUTED, or UNKNOWN where the spec expects that), the named line right, the class of the diagnosis right, a
 repair that is verified (of those that the spec's BUG calls repairable or that got one), fixed programs that are proved, false alarms, and CPU
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "bugs"
@@ -33,6 +35,16 @@ REPAIRABLE = {"multiple", "partial sum"}      # classes of what one reduction or
 CLASSES = {"A": "reduction missing", "B": "scaled wrongly", "C": "tokens counted wrongly", "D": "optimizer and clipping", "E": "tensor parallelism",
            "F": "slices, groups, peers", "G": "order and buffers", "X": "negative controls"}
 GENERATED = "import sys; sys.path.insert(0, {folder!r})\nfrom generated import program\nreference, parallel, RANKS, _ = program({seed})\n"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A program to verify: broken, fixed (or a control), or generated."""
+
+    what: str
+    id: str
+    function: Callable
+    argument: object
 
 
 def one(path: Path, case: dict, repair: bool) -> tuple[Report, float]:
@@ -67,7 +79,7 @@ def generated(seed: int) -> dict:
         spec = Path(folder) / f"generated_{seed}.py"
         spec.write_text(GENERATED.format(folder=str(TESTS), seed=seed))
         report, seconds = one(spec, {}, False)
-    return {"seed": seed, "verdict": report.verdict, "alarm": alarms(report), "seconds": seconds, "why": why(report)}
+    return {"verdict": report.verdict, "alarm": alarms(report), "seconds": seconds, "why": why(report)}
 
 
 def why(report: Report) -> str:
@@ -110,47 +122,68 @@ def misses(rows: Sequence[dict]) -> list[str]:
     return out
 
 
-def run(tasks: Sequence[tuple[str, Callable, object]], jobs: int) -> list:
-    """What each task (words, function, argument) gives, in order; so many at a time, in forks of this process."""
+def run(tasks: Sequence[Task], jobs: int, file: Path | None = None) -> list[dict]:
+    """What each task gives, in order; so many at a time, in forks of this process. file: gets each as soon as it is there, one a line."""
     preload()
+    if file is not None:
+        file.write_text("")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        futures = [pool.submit(function, argument) for _, function, argument in tasks]
-        for i, ((words, _, _), future) in enumerate(zip(tasks, futures), 1):
-            future.add_done_callback(lambda done, i=i, words=words: said(f"{i} of {len(tasks)}: {words}", done))
+        futures = [pool.submit(made, task) for task in tasks]
+        for i, (task, future) in enumerate(zip(tasks, futures), 1):
+            future.add_done_callback(lambda done, words=f"{i} of {len(tasks)}: {task.what} {task.id}": said(words, done, file))
         return [f.result() for f in futures]
 
 
-def said(words: str, done: Future) -> None:
-    told = "" if done.cancelled() or done.exception() is not None else f": {done.result()['verdict']}, {done.result()['seconds']} s"
-    print(words + told, file=sys.stderr, flush=True)
+def made(task: Task) -> dict:
+    return {"what": task.what, "id": task.id, **task.function(task.argument)}
+
+
+def said(words: str, done: Future, file: Path | None) -> None:
+    if done.cancelled() or done.exception() is not None:
+        return
+    print(f"{words}: {done.result()['verdict']}, {done.result()['seconds']} s", file=sys.stderr, flush=True)
+    if file is not None:
+        with file.open("a") as out:
+            out.write(json.dumps(done.result()) + "\n")
+
+
+def tasks_of(chosen: Sequence[Bug], seeds: Sequence[int]) -> list[Task]:
+    out = [Task(what, b.id.upper(), function, b) for b in chosen for what, function in (("broken", broken), ("fixed", fixed)) if what == "fixed" or not b.control]
+    return out + [Task("generated", str(seed), generated, seed) for seed in seeds]
+
+
+def shown(results: Sequence[dict]) -> str:
+    """The tables of results; of several of the same program, the last."""
+    found = {(r["what"], r["id"]): r for r in results}
+    order = [b.id.upper() for b in BUGS]
+    ids = sorted({id for what, id in found if what == "fixed"}, key=order.index)
+    rows = [{"id": id, "broken": found.get(("broken", id)), "fixed": found[("fixed", id)]} for id in ids]
+    programs = [r for r in found.values() if r["what"] == "generated"]
+    lines = [table(rows), "", "missed:", *(misses(rows) or ["  nothing"])] if rows else []
+    lines += ["", "repairs:", *(f"  {r['id']}: {r['broken']['repair']}" for r in rows if r["broken"] and r["broken"]["repair"])] if rows else []
+    if programs:
+        lines += ["", f"{sum(m['alarm'] for m in programs)} of {len(programs)} generated correct programs alarm; {sum(m['verdict'] == 'PROVED' for m in programs)} are proved;"
+                  f" {sum(m['seconds'] for m in programs):.0f} CPU seconds"]
+        lines += [f"  seed {m['id']}: {m['verdict']}: {m['why']}" for m in programs if m["verdict"] != "PROVED"]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help="bugs, as in tests/bugs (default: all)")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="bugs, as in tests/bugs, or a class by its letter (default: all)")
     parser.add_argument("--generated", type=int, default=200, metavar="N", help="correct programs made at random (default: 200)")
     parser.add_argument("--from", type=int, default=0, metavar="SEED", dest="start", help="the first of them (default: 0)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="runs at a time (default: one for each core)")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here, each as soon as it is there")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="only print the tables of what earlier runs wrote with --json")
     args = parser.parse_args()
+    if args.show:
+        return print(shown([json.loads(line) for file in args.show for line in file.read_text().splitlines()]))
     started = time.perf_counter()
     chosen = [b for b in BUGS if not args.ids or {b.id.upper(), b.id.upper()[0]} & {i.upper() for i in args.ids}]
-    seeds = range(args.start, args.start + args.generated)
-    tasks = [(b.path.stem, broken, b) for b in chosen if not b.control] + [(f"{b.path.stem}, {'a control' if b.control else 'fixed'}", fixed, b) for b in chosen]
-    results = iter(run([*tasks, *((f"generated {seed}", generated, seed) for seed in seeds)], args.jobs))
-    first = {b.id: next(results) for b in chosen if not b.control}
-    rows = [{"id": b.id.upper(), "broken": first.get(b.id), "fixed": next(results)} for b in chosen]
-    made = list(results)
-    if rows:
-        print("\n".join([table(rows), "", "missed:", *(misses(rows) or ["  nothing"])]))
-        print("\nrepairs:\n" + "\n".join(f"  {r['id']}: {r['broken']['repair']}" for r in rows if r["broken"] and r["broken"]["repair"]))
-    if made:
-        print(f"\n{sum(m['alarm'] for m in made)} of {len(made)} generated correct programs alarm; {sum(m['verdict'] == 'PROVED' for m in made)} are proved;"
-              f" {sum(m['seconds'] for m in made):.0f} CPU seconds")
-        print("\n".join(f"  seed {m['seed']}: {m['verdict']}: {m['why']}" for m in made if m["verdict"] != "PROVED"))
+    results = run(tasks_of(chosen, range(args.start, args.start + args.generated)), args.jobs, args.json)
+    print(shown(results))
     print(f"\n{time.perf_counter() - started:.0f} seconds, {args.jobs} at a time")
-    if args.json:
-        args.json.write_text(json.dumps({"bugs": rows, "generated": made}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,15 +76,15 @@ class Maker:
             yield from self._reduced_numbers(cause.brought)
         if relation.ratio:
             yield from self.amounts.losses(relation.ratio)
+        if relation.kind in MOVED:
+            yield from self._positions(cause)
+            yield from self._messages(cause)
         yield from self._origin_partial(cause)
         yield from self._norms(cause)
         if relation.kind in ("other", "additive term"):
             yield from self.amounts.addends(cause.nodes)
         if relation.kind in ("other", "additive term", "partial sum"):
             yield from self.amounts.reductions(list(cause.nodes))
-        if relation.kind in MOVED:
-            yield from self._positions(cause)
-            yield from self._messages(cause)
 
     def _near(self, cause: Cause) -> Iterator[Candidate]:
         relation = cause.relation
@@ -122,12 +122,20 @@ class Maker:
                     continue
                 self._meetings += 1
                 for h in (held[r] for r in group):
-                    span = self.flow.call(h.node).span
-                    edit.after[h.node].append(all_reduce(h.ref, group, "avg" if average else "sum", self._meetings, span))
-                    edit.after[h.node] += [] if average else scaled(h.ref, 1 / factor, span)
+                    span, at = self.flow.call(h.node).span, self._before_use(h.node)
+                    edit.after[at].append(all_reduce(h.ref, group, "avg" if average else "sum", self._meetings, span))
+                    edit.after[at] += [] if average else scaled(h.ref, 1 / factor, span)
                     first = first or h
         more = "" if average or factor == 1 else f" and scale it by {1 / factor}"
         return Candidate(f"insert all_reduce({'AVG' if average else 'SUM'}) over {self.places.over(family)}{self._before(first)}, {self._of(names)}{more}", edit)
+
+    def _before_use(self, node: Node) -> Node:
+        """The call before the next one that reads what stands after this call, or where ranks meet: they may not wait for each other earlier,
+        while messages are under way, nor in another order."""
+        reader, (rank, index) = self.flow.first_reader(node), node
+        last = reader[1] if reader is not None else index + 1
+        met = next((c.index for c in self.flow.calls[rank][index + 1:last] if c.collective is not None and c.collective.kind not in ("send", "recv")), last)
+        return rank, max(index, met - 1)
 
     def _reduce_results(self, occurrences: list[Occurrence], family: Family) -> Candidate:
         edit = Edit()
@@ -149,7 +157,7 @@ class Maker:
             edit = self._reduce_results(occurrences, family).edit
             for node, calls in edit.after.items():
                 ref, span = calls[0].args[0], calls[0].span
-                calls.insert(0, OpCall(0, "aten.square_.default", (ref,), {}, ref, (ref,), span))
+                calls.insert(0, OpCall(0, "aten.pow_.Scalar", (ref, 2), {}, ref, (ref,), span))
                 calls.append(OpCall(0, "aten.sqrt_.default", (ref,), {}, ref, (ref,), span))
             yield Candidate(f"sum the square of the norm over {self.places.over(family)}, and take the root of that, after {self._line(occurrences)}", edit)
 
@@ -185,12 +193,21 @@ class Maker:
             if again:
                 yield self._removed(nodes, exact, factor)
             yield from self._other_op(nodes, exact, factor)
+        yield from self._everywhere(factor)
         for node in list(self._lines_above(cause.nodes, lambda call: _reducing(call) and len(call.collective.group) == factor))[:1] if not nodes else ():
             yield self._removed([node], False, factor)
         for exact in (False, True):
             yield self._scale_results(self.places.occurrences(cause.nodes, exact), 1 / factor)
         if not cause.late:
             yield from (self._scale_outputs(names, 1 / f) for (f,), names in found)
+
+    def _everywhere(self, factor: Fraction) -> Iterator[Candidate]:
+        """All reductions that make this multiple out of right values, at whatever lines."""
+        nodes = [n for n, status in self.watch.status.items() if status == f"x {factor}" and _reducing(self.flow.call(n))
+                 and all(self.watch.status.get(p, GOOD) == GOOD for p in self.flow.producers(n))]
+        if nodes:
+            yield from self._other_op(nodes, False, factor)
+            yield self._scale_results(self.places.occurrences(nodes, False), 1 / factor)
 
     def _other_op(self, nodes: list[Node], exact: bool, factor: Fraction) -> Iterator[Candidate]:
         for was, now in (("sum", "avg"), ("avg", "sum")):
@@ -271,17 +288,19 @@ class Maker:
         for node in self._lines_above(cause.nodes, lambda call: call.collective is not None and call.collective.kind == "recv"):
             pairs = [(sender, n) for n in self.places.alike(node) if (sender := self.flow.sender(n)) is not None]
             where = " and ".join(dict.fromkeys(f"{self.flow.span(n)}" for n in (*pairs[0], node)[:2] if self.flow.span(n) is not None)) if pairs else ""
+            means = Relation("permutation", "REL012", f"parallel = what is due to other ranks: the messages at {where} go to the wrong ones",
+                             detail=f"that are due to other ranks: the messages at {where} go to the wrong ones")
             ways = {"send": {s: r[0] for s, r in pairs}, "recv": {r: s[0] for s, r in pairs}}
             back, to = ({n[0]: peer for n, peer in ways[kind].items()} for kind in ("recv", "send"))
             if back.keys() == to.keys() and all(len({p for n, p in w.items() if n[0] == rank}) == 1 for w in ways.values() for rank in to):
                 yield Candidate(f"send to the rank that is received from, and receive from the one that is sent to, at {where}",
-                                self._between(ways, to=back, back=to))
+                                self._between(ways, to=back, back=to), means, node)
             for family in self.places.families():
                 for by in (1, -1):
                     near = {r: {d: g[(g.index(r) + d) % len(g)] for d in (by, -by)} for r, g in family.items()}
                     edit = self._between(ways, {r: n[by] for r, n in near.items()}, {r: n[-by] for r, n in near.items()})
                     yield Candidate(f"send to the {'next' if by > 0 else 'previous'} rank of {self.places.over(family)}, and receive from the "
-                                    f"{'previous' if by > 0 else 'next'} one, at {where}", edit)
+                                    f"{'previous' if by > 0 else 'next'} one, at {where}", edit, means, node)
 
     def _between(self, ways: dict[str, dict[Node, int]], to: dict[int, int], back: dict[int, int]) -> Edit:
         """These sends and receives with other peers; empty if nothing changes."""

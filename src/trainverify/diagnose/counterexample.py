@@ -115,7 +115,7 @@ class Search:
         wanted = {("parallel", *n) for n in (*self.nodes, *members, *(n for n, _ in above))}
         wanted |= {e.place for e in (*(e for es in candidates.values() for e in es), *(e for _, e in above)) if e.place is not None}
         self.wanted: set[Place] = wanted
-        recorded = torch.from_numpy(self.symbols.values).clone()
+        recorded = torch.from_numpy(self.symbols.values).clone() if self.target.inputs is None else self.target.inputs
         try:
             self.base = self._first(recorded)
         except ReplayError as e:

@@ -150,7 +150,9 @@ class Diagnosis:
 
     # ---- causes
     def _search(self) -> None:
-        for origin in rank_origins(self.search, self.starts(), self._mark()):
+        origins = rank_origins(self.search, self.starts(), self._mark())
+        self._shares(set().union(*(o.outputs for o in origins)))
+        for origin in origins:
             fresh = [k for k in self.by_key if k in origin.outputs and k not in self.explained]   # not the set's order: it differs between runs
             if not fresh or len(self.findings) == MOST_FINDINGS:
                 continue
@@ -173,6 +175,16 @@ class Diagnosis:
             relation = self._relation(keys) if self.sure else unsure(self.first)
             self._add(self.writer.bare(relation, self.first), Cause(relation, tuple(keys)))
 
+    def _shares(self, reached: set) -> None:
+        """Outputs that are wrong although all they are made of is the reference's: one of the values that it adds up, for example."""
+        keys = [j.key for j in self.first[:MOST_SEARCHED] if j.key not in reached] if self.sure else []
+        relation = self._relation(keys) if keys else OTHER
+        if relation.kind == "other":
+            return
+        late = {n for key, rank, ref, before in self.starts() if key in keys and isinstance(ref, TensorRef) for n in self.flow.writer(rank, ref, before)[:1]}
+        self.sources.append(late)
+        self._add(self.writer.bare(relation, [self.by_key[k] for k in keys], sorted(late)), Cause(relation, tuple(keys)))
+
     def _late(self, origin: Origin, relation: Relation, keys: list) -> list[Node]:
         """If gradients that are right come from the same calls (every backward is scaled, and a division makes up for it later), what is
         missing is missing afterwards: the last writers of the wrong ones, else []."""
@@ -188,7 +200,7 @@ class Diagnosis:
 
     def _explains(self, index: int, relation: Relation, origin: Origin, keys: list) -> bool:
         """Whether a finding explains these outputs too: their origin lies below its own, or they are wrong by the same weights."""
-        if self.search.above(origin.nodes) & self.sources[index]:
+        if self.search.above(origin.nodes) & self.sources[index] or not self.causes[index].nodes and decisions.above(self.flow, sorted(origin.nodes), self.sources[index]):
             return True
         return bool(relation.ratio) and all(self.sums.explained_by(self.by_key[k].compared, relation) for k in keys)
 

@@ -79,14 +79,15 @@ class Writer:
                                        modules=tuple(m for m in (span.module if span is not None else "",) if m),
                                        operands=operands(self.search, self.relations, node), used_at=self._places([old.span, *finding.used_at], span))
 
-    def bare(self, relation: Relation, judgements: list[Judgement]) -> Finding:
-        """No operation could be singled out: name where ranks that are right last wrote the value, and where the wrong one was read."""
+    def bare(self, relation: Relation, judgements: list[Judgement], last: list[Node] = ()) -> Finding:
+        """No operation could be singled out: name where ranks that are right last wrote the value, and where the wrong one was read.
+        last: the calls that wrote the wrong ones, where they were wrong already."""
         wrong = {w.piece.rank for j in judgements for w in j.wrong}
         right = [p.recorded for j in judgements[:4] for p in j.compared.pieces if p.rank not in wrong and isinstance(p.recorded.ref, TensorRef)]
         writers = [self.flow.span(n) for rec in right[:4] for n in self.flow.writer(rec.rank, rec.ref, rec.call.index)[:1]]
         own = [self.flow.span(n) for j in judgements[:4] for w in j.wrong[:1] if isinstance(w.piece.recorded.ref, TensorRef)
                for n in self.flow.writer(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)[:1]]
-        places = self._places([*writers, *own, *self._used_at(judgements)], None)
+        places = self._places([*(self.flow.span(n) for n in last), *writers, *own, *self._used_at(judgements)], None)
         severity = "error" if any(j.wrong for j in judgements) else "warning"
         return Finding(Diagnostic(relation.code, self._message(relation, judgements), severity, places[0] if places else None, tuple(sorted(wrong))),
                        "", (), places[1:], relation.text, (), len(judgements), witnesses(judgements), relation.kind)

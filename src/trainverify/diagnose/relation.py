@@ -98,11 +98,19 @@ class Relations:
     def _partial(self, c: Compared) -> Relation | None:
         """c such that the sum over a group's pieces is c x reference (1: exactly one reduction is missing)."""
         wrong = {p.rank for p in c.pieces if p.wrong("field")}
-        for group in sorted(self.names.groups, key=len):
+        for group in [*sorted(self.names.groups, key=len), *self._holders(c, wrong)]:
             got = _sum_over(self.field, c.pieces, group) if set(group) <= wrong else None
             if got is not None:
                 return partial(self.names, got, group)
         return None
+
+    def _holders(self, c: Compared, wrong: set[int]) -> list[tuple[int, ...]]:
+        """The first rank of each of the different values: groups that should have been made need not exist."""
+        first: dict[bytes, int] = {}
+        for p in sorted((p for p in c.pieces if p.rank in wrong), key=lambda p: p.rank):
+            first.setdefault(self.field.fingerprint(p.parallel["field"]).numpy().tobytes(), p.rank)
+        group = tuple(sorted(first.values()))
+        return [group] if len(group) > 1 and group not in self.names.groups else []
 
     # ---- other times
     def _stale(self, c: Compared, wrong: list[Piece]) -> Relation | None:

@@ -11,30 +11,17 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from trainverify.algebra.base import Complex
-from trainverify.algebra.real import Real, RealValue
+from trainverify.algebra.real import RealValue
 from trainverify.diagnose.dataflow import Dataflow, Node
+from trainverify.engine.inputs import Trial, decisions_of, fall_alike, until
 from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Compared, Comparison, Key
-from trainverify.relate.decisions import CHOOSES, is_idle
 from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Decision, Hooks, Machine
-from trainverify.replay.run import World, replay
+from trainverify.replay.run import replay
 
 Place = tuple[str, int, int]                  # side, rank, call
-
-
-class Trial(Real):
-    """float64 in which masks are values too: they follow the inputs."""
-
-    name = "trial"
-
-    def opaque(self, tag: str, *args):
-        if tag not in self._functions:
-            raise ReplayError(f"{tag!r} has no known meaning")
-        return super().opaque(tag, *args)
 
 
 @dataclass(slots=True)
@@ -110,14 +97,6 @@ class Trials:
                        sum(a.elements for a in machines), sum(len(a.diagnostics) for a in machines))
 
 
-def until(program: Program, step: int) -> Program:
-    """The program up to the end of a step."""
-    def cut(ops: list[OpCall]) -> list[OpCall]:
-        end = next((c.index for c in ops if c.name == "tv.step" and c.args[0] > step), len(ops))
-        return ops[:end]
-    return Program([msgspec.structs.replace(t, ops=cut(t.ops)) for t in program.traces], program.blobs)
-
-
 CONTROL = {"tv.decision", "tv.param", "tv.stepped", "aten.is_nonzero.default", "aten.equal.default", "aten._local_scalar_dense.default"}
 ALWAYS = {"tv.symbol", "tv.data", "tv.step", "tv.resize"}
 
@@ -156,47 +135,6 @@ def needed(program: Program, starts: list[Node]) -> Program:
 def same_decisions(old: Outcome, new: Outcome) -> bool:
     """Whether each decision falls on the new values as it fell on the old ones."""
     return fall_alike(old.decisions, new.decisions)
-
-
-def fall_alike(old: list[tuple[Machine, Decision]], new: list[tuple[Machine, Decision]]) -> bool:
-    if len(old) != len(new):
-        return False
-    return all(a.call is b.call and a.kind == b.kind and _falls_alike(a, b) for (_, a), (_, b) in zip(old, new))
-
-
-def decisions_of(worlds: list[World]) -> list[tuple[Machine, Decision]]:
-    return [(m, d) for w in worlds for m in w.machines for d in m.decisions if not is_idle(m, d)]
-
-
-def _falls_alike(old: Decision, new: Decision) -> bool:
-    a, b = _operands(old), _operands(new)
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
-        return False
-    name, _, op = old.kind.partition(":")
-    if all(torch.equal(x, y) for x, y in zip(a, b)):
-        return True
-    if name == "compare" and len(a) == 2:
-        return all(_order(x, y) == _order(u, v) for x, y, u, v in [(*a, *b)])
-    if name == "mask" and len(a) == 1:
-        return torch.equal(a[0] != 0, b[0] != 0)
-    if name == "cast" and len(a) == 1:
-        return torch.equal(a[0].trunc(), b[0].trunc())
-    return name in CHOOSES and len(a) == 1 and _same_order(a[0], b[0])
-
-
-def _order(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x - y).sign().reshape(-1)[0])
-
-
-def _same_order(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether the elements of every row stand in the same order of size, equal ones (which a choice may take in any order) as before."""
-    at = old.argsort(dim=-1, stable=True)
-    return torch.equal(old.gather(-1, at).diff(dim=-1) > 0, new.gather(-1, at).diff(dim=-1) > 0) and not bool((new.gather(-1, at).diff(dim=-1) < 0).any())
-
-
-def _operands(d: Decision) -> list[torch.Tensor]:
-    parts = [p for v in d.operands.get(Trial.name, ()) for p in ((v.re, v.im) if isinstance(v, Complex) else (v,))]
-    return [p.t if isinstance(p, RealValue) else p for p in parts]
 
 
 def _plain(a):

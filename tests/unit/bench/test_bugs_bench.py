@@ -1,5 +1,7 @@
 """The table of the bug benchmark counts what it says."""
 import importlib.util
+import json
+import sys
 import time
 from pathlib import Path
 
@@ -11,14 +13,15 @@ FILE = Path(__file__).parents[3] / "bench" / "bugs.py"
 @pytest.fixture(scope="module")
 def bench():
     spec = importlib.util.spec_from_file_location("bench_bugs", FILE)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["bench_bugs"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules["bench_bugs"]
 
 
 def slower_first(n):
     time.sleep(0.02 * (3 - n))
-    return {"verdict": "PROVED", "seconds": n}
+    return {"verdict": "PROVED", "seconds": n, "alarm": False, "why": ""}
 
 
 def row(id, verdict="PROVED", alarm=False, **broken):
@@ -37,6 +40,10 @@ def test_table(bench):
     assert bench.misses(rows) == ["  A2: line, repair", "  B1: fixed is UNKNOWN (a reason)", "  X1: ALARM ON THE CORRECT PROGRAM, fixed is REFUTED (a reason)"]
 
 
-def test_tasks_come_back_in_order_whatever_runs_at_a_time(bench):
-    tasks = [(f"task {n}", slower_first, n) for n in range(3)]
-    assert bench.run(tasks, 1) == bench.run(tasks, 2) == [slower_first(n) for n in range(3)]
+def test_results_come_back_in_order_however_many_run_at_a_time(bench, tmp_path):
+    tasks = [bench.Task("generated", str(n), slower_first, n) for n in range(3)]
+    alone, together = bench.run(tasks, 1, tmp_path / "1"), bench.run(tasks, 2, tmp_path / "2")
+    assert alone == together == [{"what": "generated", "id": str(n), **slower_first(n)} for n in range(3)]
+    files = [sorted((tmp_path / name).read_text().splitlines()) for name in "12"]
+    assert files[0] == files[1] and [json.loads(line) for line in files[0]] == alone
+    assert bench.shown(alone) == bench.shown(together[::-1]) == "\n0 of 3 generated correct programs alarm; 3 are proved; 3 CPU seconds"
