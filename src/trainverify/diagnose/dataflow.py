@@ -24,6 +24,7 @@ class Dataflow:
         self._nth: dict[tuple, int] = {}
         self._place: dict[Node, tuple] = {}
         self._producers: dict[Node, list[Node]] = {}
+        self._marks: dict[int, list[int]] = {}    # of each rank: collectives, and the beginnings of steps
         for trace in program.traces:
             self._index(trace.rank, trace.ops)
         self._match_messages(program)
@@ -31,8 +32,11 @@ class Dataflow:
     def _index(self, rank: int, ops: list[OpCall]) -> None:
         table: dict[int, list[tuple[int, TensorRef]]] = defaultdict(list)
         works: dict[int, OpCall] = {}
+        marks = self._marks[rank] = []
         for call in ops:
             c = call.collective
+            if call.name == "tv.step" or c is not None and c.kind not in ("send", "recv"):
+                marks.append(call.index)
             if c is not None:
                 if c.kind not in ("send", "recv"):
                     self._members[(c.group, c.group_name, c.seq)].append((rank, call.index))
@@ -52,6 +56,12 @@ class Dataflow:
             if isinstance(call.outs, ScalarRef):
                 self._scalars[(rank, call.outs.id)] = call.index
         self._writes[rank] = table
+
+    def moment(self, node: Node) -> tuple[int, int]:
+        """When a call is made, comparable between ranks: how many collectives and steps began before, and how many calls ago the last of them did."""
+        marks = self._marks[node[0]]
+        k = bisect.bisect_left(marks, node[1])
+        return k, node[1] - (marks[k - 1] if k else 0)
 
     def _match_messages(self, program: Program) -> None:
         sent: dict[tuple, deque] = defaultdict(deque)

@@ -149,7 +149,8 @@ class Search:
 
 def rank_origins(search: Search, wrong: list[tuple[object, int, object, int]], marked: set[Node] | None = None) -> list[Origin]:
     """Candidates over wrong outputs (key, rank, ref, index of the tv.output call), best first: those that explain most, then the
-    earliest in program order. Calls of one line, on any rank and in any phase, are one candidate."""
+    earliest (a rank that makes more calls of its own before the ranks meet does not come later for it). Calls of one line, on any rank and in any
+    phase, are one candidate."""
     by_place: dict[tuple, Origin] = {}
     for key, rank, ref, index in wrong:
         for node in search.origins(rank, ref, index, marked):
@@ -163,4 +164,4 @@ def rank_origins(search: Search, wrong: list[tuple[object, int, object, int]], m
             origin.outputs.add(key)
             origin.ranks.add(node[0])
             origin.nodes.add(node)
-    return sorted(by_place.values(), key=lambda o: (-len(o.outputs), o.node[1], o.node[0]))
+    return sorted(by_place.values(), key=lambda o: (-len(o.outputs), *search.flow.moment(o.node), o.node[0]))
