@@ -10,8 +10,9 @@ from trainverify.algebra.real import Real
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.beside import Beside, Lost
 from trainverify.engine.facts import Facts
+from trainverify.engine.inputs import elsewhere
 from trainverify.engine.prove import Lineages, Proof, prove_programs
-from trainverify.engine.verdict import BLOCKING, Judgement, judge
+from trainverify.engine.verdict import BLOCKING, Judgement, at_other_inputs, judge
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
@@ -121,10 +122,18 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
     beside = Beside(prove) if proofs and jobs > 1 and calls > WORTH_A_PROCESS else None
     try:
-        return _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside)
+        found = _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside)
     finally:
         if beside is not None:
             beside.close()
+
+    def find(wanted: dict, rounded: bool) -> dict:
+        witnesses = elsewhere(reference, parallel, table, symbols, found.first.comparison, wanted, rounded, progress)
+        laps.end("other inputs")
+        return witnesses
+    if proofs:
+        found.judgements = at_other_inputs(found.judgements, found.first, found.diagnostics, find)
+    return found
 
 
 def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], laps: Laps,

@@ -1,11 +1,12 @@
 """The verdict rules: what each output's evidence amounts to (trusted).
 
-REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains, or
-a NaN that the reference lacks. PROVED needs equality in the field with nothing against it, and the kernel's proof. Equality in the
+REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains (at the recorded inputs,
+else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks. PROVED needs equality in the field with nothing against it, and the kernel's proof. Equality in the
 field alone is UNKNOWN. A difference without a witness is UNKNOWN.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +35,8 @@ class Wrong:
 
 @dataclass(slots=True)
 class Judgement:
-    """One output's verdict with its evidence. unsure: pieces that differ in the field without a witness."""
+    """One output's verdict with its evidence. unsure: pieces that differ in the field without a witness; inputs: the symbols' values at
+    which it differs, where those are not the recorded ones."""
 
     compared: Compared
     verdict: str
@@ -42,6 +44,7 @@ class Judgement:
     reason: str = ""
     wrong: list[Wrong] = field(default_factory=list)
     unsure: list[Piece] = field(default_factory=list)
+    inputs: torch.Tensor | None = None
 
     @property
     def key(self):
@@ -61,6 +64,29 @@ def judge(first, second, diagnostics: list[Diagnostic], proof: Proof) -> list[Ju
         j = _judge_one(c, again, threshold, blocked, opaque, tied)
         out.append(j if j.verdict else _proved_or_not(c, proof, bits))
     return out
+
+
+def at_other_inputs(judgements: list[Judgement], first, diagnostics: list[Diagnostic], find: Callable) -> list[Judgement]:
+    """The same judgements, those without a witness REFUTED where other inputs give one. find(pieces by output, rounded) -> {output: Witness}.
+    It is not asked where an output is refuted anyway, nor where anything withholds a verdict."""
+    wanted = {j.key: [k for k, p in enumerate(j.compared.pieces) if any(p is u for u in j.unsure)] for j in judgements
+              if j.code == "REL001" and j.unsure and not _garbage(j.compared) and not _is_undeclared(j.compared)}
+    if not wanted or any(j.verdict == "REFUTED" for j in judgements) or any(d.code in BLOCKING or d.code == TIE for d in diagnostics):
+        return judgements
+    found = find(wanted, bool(first.field.rounding) or _rounded_data(first))
+    out = []
+    for j in judgements:
+        if (witness := found.get(j.key)) is None:
+            out.append(j)
+            continue
+        wrong = [Wrong(j.compared.pieces[k], at, a, b, False) for k, (at, a, b) in witness.found.items()]
+        out.append(Judgement(j.compared, "REFUTED", "REL001", f"differs from the reference at other inputs, with the same decisions: {witness.how}", wrong, inputs=witness.inputs))
+    return out
+
+
+def _is_undeclared(c: Compared) -> bool:
+    """A scalar of several ranks, or one that a script happens to read, may be a share: that it differs shows nothing."""
+    return c.reference.kind == "scalar" and any(not p.recorded.declare and (len(c.pieces) > 1 or p.recorded.call.kwargs.get("read")) for p in c.pieces)
 
 
 def _proved_or_not(c: Compared, proof: Proof, bits: int) -> Judgement:

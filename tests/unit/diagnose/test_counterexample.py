@@ -8,7 +8,7 @@ import torch
 
 from trainverify.algebra.real import RealValue
 from trainverify.diagnose.minimise import Minimiser
-from trainverify.diagnose.trial import Trial, _falls_alike
+from trainverify.engine.inputs import Trial, _falls_alike
 from trainverify.engine.options import Options
 from trainverify.ir.trace import OpCall
 from trainverify.replay.machine import Decision
