@@ -22,6 +22,7 @@ from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm  # n
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.llama3 import _EMBEDDING_INIT, _NORM_INIT, _build_llama3_layers, _output_linear_init, compute_ffn_hidden_dim  # noqa: E402
 from torchtitan.models.llama3.model import Llama3Model  # noqa: E402
+from torchtitan.trainer import Trainer  # noqa: E402, F401  (the configuration imports it: once here, and not in each rank)
 
 import trainverify as tv  # noqa: E402
 from models.llama import random_batch  # noqa: E402

@@ -57,6 +57,7 @@ EXAMPLES = [
     Example(FOLDER / "ddp_accumulation.py", 2),
     Example(FOLDER / "fsdp2_tp.py", 6),
     Example(FOLDER / "hf_tp.py", 2),
+    Example(FOLDER / "llama_405b.py", 8),
     Example(FOLDER / "megatron_style_tp.py", 2),
     Example(FOLDER / "moe_expert_parallel.py", 3),
     Example(FOLDER / "pipeline_1f1b.py", 3, dict(schedule="1F1B", stages_per_rank=1)),
