@@ -26,7 +26,9 @@ def test_a_wrong_norm_that_does_not_clip():
     assert report.verdict == "REFUTED", report.outputs
     wrong = [o for o in report.outputs if o.verdict == "REFUTED"]
     assert wrong and all("at other inputs, with the same decisions: weights and inputs times" in o.reason for o in wrong)
-    assert "no float64 witness" not in str(report.findings)
+    (finding,) = report.findings
+    assert finding.diagnostic.severity == "error" and finding.witnesses
+    assert [n for n in finding.diagnostic.notes if n.startswith("the recorded inputs do not show it: differs from the reference at other inputs")]
 
 
 def test_the_right_norm_that_does_not_clip():

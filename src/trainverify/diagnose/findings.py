@@ -41,6 +41,14 @@ def unsure(judgements: list[Judgement]) -> Relation:
     return Relation("uninitialised" if code == "REL009" else "other", code)
 
 
+def _shown(judgements: list[Judgement], sure: bool) -> tuple[str, ...]:
+    """What there is to say of the witness."""
+    if not sure:
+        return ("no float64 witness was found",)
+    other = next((j.reason for j in judgements if j.inputs is not None), "")
+    return (f"the recorded inputs do not show it: {other}",) if other else ()
+
+
 class Writer:
     def __init__(self, flow: Dataflow, search: Search, relations: Relations):
         self.flow, self.search, self.relations, self.names = flow, search, relations, relations.names
@@ -66,7 +74,7 @@ class Writer:
         span = self.flow.span(place)
         return Finding(
             Diagnostic(relation.code, message, "error" if sure else "warning", span, tuple(sorted(origin.ranks)),
-                       (*((MISSING,) if late and used else self._arrived(origin)), *(() if sure else ("no float64 witness was found",)))),
+                       (*((MISSING,) if late and used else self._arrived(origin)), *_shown(judgements, sure))),
             self.flow.call(place).name, self._modules(origin, place),
             self._places([*after, *self._used_at(judgements)], span), relation.text, operands(self.search, self.relations, node),
             len(judgements), witnesses(judgements), relation.kind)
