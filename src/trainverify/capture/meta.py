@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trainverify.api import Reference
 from trainverify.capture.digest import contents
 from trainverify.capture.opinfo import OpInfo
 from trainverify.capture.patches import Patches
-from trainverify.diagnostics import Diagnostic
+from trainverify.diagnostics import Diagnostic, Fault
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
@@ -241,6 +242,14 @@ def _attention(patches: Patches) -> None:
 COVERED = ("captured at full size, where floats have no values: digests of bytes, hidden writes (numpy, C++) and floats that come back from Python untracked are "
            "checked by the run at small sizes alone (`trainverify verify {}` without --full-size, in a case with small sizes)")
 ESCAPED = "a float left for Python here; that it does not come back untracked is seen at small sizes only"
+
+
+class SizesOnly(Reference):
+    """What the parallel program is given: there are no bytes to write a checkpoint of."""
+
+    def checkpoint(self) -> str:
+        raise Fault(Diagnostic("META003", "ref.checkpoint() was called, and at full size there is none: floats have no bytes",
+                               fix="Take the weights from ref.weights, by copies of their parts; or load nothing: parameters then hold the reference's of their names."))
 
 
 def refusal(name: str, why: str, span: Any, rank: int) -> Diagnostic:

@@ -12,6 +12,7 @@ from trainverify.capture.model import local_tensor, named_buffers, named_paramet
 from trainverify.capture.recorder import Recorder
 from trainverify.capture.spans import clean_path
 from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.ops.access import reads
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
@@ -24,7 +25,7 @@ def place_tags(chunks: list[torch.nn.Module], weights: dict[str, torch.Tensor], 
     known = {clean_path(name): tensor for name, tensor in weights.items()}
     with torch.no_grad():
         for name, tensor in (*named_parameters(chunks), *named_buffers(chunks)):
-            if not tensor.is_floating_point() or tensor.is_meta:
+            if not tensor.is_floating_point() or (tensor.is_meta and recorder.floats is None):
                 continue
             whole = known.get(clean_path(name))
             if whole is None:
@@ -40,6 +41,12 @@ def place_tags(chunks: list[torch.nn.Module], weights: dict[str, torch.Tensor], 
                 mine.detach().copy_(part)
     recorder.note("ASSUME", "weights were placed by the verifier, since the parallel script reads no checkpoint: each parameter holds the reference's "
                             "of its name, or the part that its DTensor placements give to the rank")
+
+
+def reads_weights(recorder: Recorder) -> bool:
+    """Whether any recorded call has read what the reference's weights hold."""
+    symbols = {call.args[2].storage for call in recorder.ops if call.name == "tv.symbol" and call.args[0] in ("weight", "buffer")}
+    return any(ref.storage in symbols for call in recorder.ops if not call.name.startswith("tv.") for ref in reads(call))
 
 
 def shard_of(whole: torch.Tensor, tensor: DTensor) -> torch.Tensor | None:

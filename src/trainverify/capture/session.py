@@ -31,6 +31,7 @@ from trainverify.capture.kernels import attention_kernels
 from trainverify.capture.model import chunks_of, whole_tensor
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.outputs import Outputs
+from trainverify.capture.placing import place_tags, reads_weights, unwrapped
 from trainverify.capture.provenance import SCALARS, decided_otherwise, mark_changes, something_leaves, tag_table
 from trainverify.capture.recorder import Recorder
 from trainverify.capture.ring_attention import ring_attention
@@ -376,8 +377,12 @@ def _parallel_child(spec: Spec, handed: Handed, checkpoint: Path, case: dict[str
                 session.recorder.emit("tv.symbol", given.kind, given.symbol, plain)
         announce_batch(session.recorder, batch)
         with session.recording():
-            training = session.training(spec.parallel, (Reference(weights, batch, checkpoint),), case)
-            session.outputs.begin(chunks_of(training.model, "parallel()"))
+            given = (meta.SizesOnly if session.full_size else Reference)(weights, batch, checkpoint)
+            training = session.training(spec.parallel, (given,), case)
+            chunks = chunks_of(training.model, "parallel()")
+            if session.full_size and not reads_weights(session.recorder):
+                place_tags([unwrapped(chunk) for chunk in chunks], weights, session.recorder)
+            session.outputs.begin(chunks)
             session.steps(training)
         return session.save()
 

@@ -171,3 +171,48 @@ def test_true_sizes_take_no_memory():
     assert done.diagnostics == [] and done.peak_memory < 2 << 30
     (weight,) = [c.args[2] for c in done.reference.traces[0].ops if c.name == "tv.symbol" and c.args[1] == "layers.0.mlp.gate.weight"]
     assert weight.size == (53_248, 16_384) and done.reference.traces[0].storages[weight.storage].nbytes == 4 * 53_248 * 16_384
+
+
+SPEC = """
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor, init_device_mesh
+import trainverify as tv
+
+def made(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    def step():
+        loss = model(x).full_tensor().sum() if hasattr(model.weight, "placements") else model(x).sum()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss}
+    return tv.Training(model, step, batch={"x": x})
+
+def reference():
+    return made(torch.nn.Linear(1 << 20, 1 << 14, bias=False), torch.ones(3, 1 << 20))
+
+def parallel(ref, how="places"):
+    if how == "checkpoint":
+        ref.checkpoint()
+    mesh = init_device_mesh("cpu", (2,))
+    def shard(name, module, mesh):
+        module.weight = torch.nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+    return made(distribute_module(torch.nn.Linear(1 << 20, 1 << 14, bias=False), mesh, shard), distribute_tensor(ref.batch["x"], mesh))
+"""
+
+
+def test_a_program_that_loads_nothing_holds_what_its_placements_say(tmp_path):
+    (tmp_path / "spec.py").write_text(SPEC)
+    done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=2))
+    assert done.diagnostics == []
+    for rank, trace in enumerate(done.parallel.traces):
+        (symbol,) = [c.args[2] for c in trace.ops if c.name == "tv.symbol" and c.args[0] == "weight"]
+        (copy,) = [c for c in trace.ops if c.name == "aten.copy_.default" and c.args[1].storage == symbol.storage]
+        assert copy.args[1].size == (1 << 13, 1 << 20) and copy.args[1].offset == rank << 33
+        assert sum("placed by the verifier" in n.text for n in trace.notes) == 1
+
+
+def test_there_is_no_checkpoint_of_sizes(tmp_path):
+    (tmp_path / "spec.py").write_text(SPEC)
+    done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=2, case={"how": "checkpoint"}))
+    assert {d.code for d in done.diagnostics} == {"META003"}
