@@ -1,6 +1,7 @@
 """DeepSpeed as it is used most: a Hugging Face Llama in bfloat16 under ZeRO, with a master copy in float32; the reference is float32 throughout."""
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
 
 import deepspeed_zero as zero
 from deepspeed_zero import RANKS, groups  # noqa: F401
@@ -23,7 +24,7 @@ def reference():
     def step():
         loss = token_loss(model(input_ids=batch["tokens"]).logits, batch["labels"])
         loss.backward()
-        norm = zero.clip(list(model.parameters()), zero.MAX_NORM)
+        norm = clip_grad_norm_(model.parameters(), zero.MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": loss, "grad_norm": norm}

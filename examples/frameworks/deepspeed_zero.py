@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,16 +28,6 @@ BUCKETS = {"reduce_bucket_size": 2_000, "allgather_bucket_size": 2_000}      # e
 SHARDS = {"stage3_param_persistence_threshold": 50, "stage3_prefetch_bucket_size": 500}      # elements; only norms stay whole
 
 
-def clip(parameters, max_norm):
-    """`clip_grad_norm_`, with its factor min(max_norm / norm, 1) written as the divisor that DeepSpeed uses."""
-    gradients = [p.grad for p in parameters]
-    norm = get_total_norm(gradients)
-    divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    for gradient in gradients:
-        gradient.mul_(1.0 / divisor)
-    return norm
-
-
 def groups(model):
     """Weight decay for matrices only."""
     return [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
@@ -53,7 +43,7 @@ def reference():
     def step():
         loss = token_loss(model(batch["tokens"]), batch["labels"])
         loss.backward()
-        norm = clip(list(model.parameters()), MAX_NORM)
+        norm = clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": loss, "grad_norm": norm}

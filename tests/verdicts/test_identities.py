@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from judge import assert_equal, assert_not_equal
-from pairs import LR, ROWS, WIDTH, compare, compare_forward, update
+from pairs import LR, ROWS, WIDTH, compare, compare_forward, sgd, update
 
 EPS = 1e-5
+MAX_NORM = 0.5
 MASK = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
 
 
@@ -19,6 +20,37 @@ def test_optimizers_for_each_and_in_a_loop(make):
     def by(**options):
         return update(lambda p: make(p, lr=LR, **options))
     assert_equal(compare(by(foreach=False), by(foreach=True), steps=2))
+
+
+def clipped(parameters):
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+
+
+def clipped_by_divisor(parameters, least=1.0, eps=1e-6):
+    """As DeepSpeed does it: the norm over the limit, but at least 1, divides."""
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters]))
+    divisor = ((norm + eps) / MAX_NORM).clamp(min=least)
+    for p in parameters:
+        p.grad.mul_(1.0 / divisor)
+
+
+def test_clipping_by_a_factor_and_by_a_divisor():
+    assert_equal(compare(update(sgd, clipped), update(sgd, clipped_by_divisor), steps=2))
+    assert_equal(compare(update(sgd, clipped_by_divisor), update(sgd, clipped), steps=2))
+
+
+@pytest.mark.parametrize("slip", [{"least": 2.0}, {"eps": 1e-3}, {"least": 0.5}])
+def test_clipping_by_another_divisor(slip):
+    assert_not_equal(compare(update(sgd, clipped), update(sgd, lambda parameters: clipped_by_divisor(parameters, **slip))))
+
+
+def test_a_minimum_of_what_may_be_negative_is_not_turned_over():
+    def least(h):
+        return h * torch.minimum(h.sum(), torch.tensor(1.0))
+
+    def turned(h):
+        return h / torch.maximum(1 / h.sum(), torch.tensor(1.0))
+    assert_not_equal(compare_forward(least, turned))
 
 
 def test_a_bias_correction_of_another_step():

@@ -111,6 +111,10 @@ class Field(Order, Roots, Powers):
     def is_const(self, a: FieldValue) -> bool:
         return a.num is not None
 
+    def number_of(self, a: FieldValue) -> torch.Tensor:
+        """The contents of a constant."""
+        return a.num
+
     def _fold(self, num: torch.Tensor, structure: Callable[[], FieldValue]) -> FieldValue:
         """A constant computed from constants; structure() is the same operation on residues."""
         return FieldValue(num.shape, num=self.constants.settle(num, lambda: self._lift(structure()).expand(4, *num.shape)))
@@ -198,7 +202,8 @@ class Field(Order, Roots, Powers):
     def add(self, a, b):
         if a.num is not None and b.num is not None:
             return self._fold(a.num + b.num, lambda: self._linear(a, b, torch.add))
-        return self._linear(a, b, torch.add)
+        out = self._linear(a, b, torch.add)
+        return self._raised(a, b, out) if out.res[0].numel() == 1 and (a.num is None) != (b.num is None) else out
 
     def sub(self, a, b):
         if a.num is not None and b.num is not None:
@@ -231,6 +236,8 @@ class Field(Order, Roots, Powers):
             out = self._remembered_squares(a, b, out)
         elif (a.flags | b.flags) & ROOTED and (a.num is None) != (b.num is None):
             out = self._scaled_root(a, b, out) if b.num is not None else self._scaled_root(b, a, out)
+        elif out.res[0].numel() == 1 and (a.num is None) != (b.num is None) and bool(((a if b.num is None else b).num > 0).all()):
+            out = self._like(a if a.num is None else b, out)
         return out
 
     @staticmethod
@@ -255,7 +262,8 @@ class Field(Order, Roots, Powers):
     def inv(self, a):
         if a.num is not None:
             return self._fold(a.num.reciprocal(), lambda: self._inv(a))
-        return self._inv(a)
+        out = self._inv(a)
+        return self._like(a, out) if out.res[0].numel() == 1 else out
 
     def _inv(self, a):
         """1/0 is infinite where the value is zero at both components of a pair; a lone zero residue is a coincidence and gives a

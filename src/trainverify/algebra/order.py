@@ -21,6 +21,14 @@ from trainverify.algebra.real import COMPARISONS
 I64, F64 = torch.int64, torch.float64
 
 
+def one_number(m, a, b) -> tuple:
+    """(number, other) of two values of one element, of which one is a finite number; else nothing."""
+    if math.prod((*a.shape, *b.shape)) != 1 or m.is_const(a) == m.is_const(b):
+        return None, None
+    number, x = (a, b) if m.is_const(a) else (b, a)
+    return (number, x) if m.number_of(number).isfinite().all() else (None, None)
+
+
 class Order:
     """The part of Field that deals with order; not used on its own."""
 
@@ -28,6 +36,9 @@ class Order:
     def maximum(self, a, b):
         if a.num is not None and b.num is not None:
             return FieldValue(broadcast(a.shape, b.shape), num=torch.maximum(a.num, b.num))
+        number, x = one_number(self, a, b)
+        if number is not None and number.num.item() < 0 and bool(self._is_nonnegative(self.neg(x))):
+            return self.neg(self.minimum(self.neg(number), self.neg(x)))
         shape = broadcast(a.shape, b.shape)
         pair = self.stack([self.expand(self._lifted(self._operand_p(v)), shape) for v in (a, b)])
         for v in (a, b):
@@ -44,7 +55,11 @@ class Order:
         return None
 
     def minimum(self, a, b):
-        return self.neg(self.maximum(self.neg(a), self.neg(b)))
+        """Of one value that is known to be positive and a number: c / max(1, c / x), since programs write it so too (clipping)."""
+        number, x = one_number(self, a, b)
+        if number is None or number.num.item() <= 0 or not bool(self._is_nonnegative(x)):
+            return self.neg(self.maximum(self.neg(a), self.neg(b)))
+        return self.mul(number, self.inv(self.maximum(self.const(1), self.mul(number, self.inv(x)))))
 
     def amax(self, a, dims: Sequence[int] = (), keepdim: bool = False):
         n = len(a.shape)

@@ -62,6 +62,15 @@ class Roots:
         found, square, nonnegative = self._square_of(root)
         return self._remember_square(product, self._mul(square, self.mul(factor, factor)), nonnegative & (factor.num >= 0), found)
 
+    def _like(self, v: FieldValue, out: FieldValue) -> FieldValue:
+        """out, known to be nonnegative if v is (one element: its inverse, or a positive multiple)."""
+        return self._remember_square(out, self._mul(out, out)) if bool(self._is_nonnegative(v).all()) else out
+
+    def _raised(self, a: FieldValue, b: FieldValue, out: FieldValue) -> FieldValue:
+        """out = a + b, one of which is a number and one element: nonnegative if both are (a norm and its epsilon)."""
+        number, v = (a, b) if b.num is None else (b, a)
+        return self._like(v, out) if bool((number.num > 0).all()) else out
+
     def _remember_square(self, root: FieldValue, square: FieldValue, nonnegative: torch.Tensor | None = None, only: torch.Tensor | None = None) -> FieldValue:
         """root, marked: mul(root, root) is square. nonnegative: which roots are known to be (all, unless it is given)."""
         prints = pack_p(root.res).reshape(-1)

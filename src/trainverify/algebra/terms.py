@@ -16,12 +16,13 @@ import torch
 from trainverify.algebra.base import Number
 from trainverify.algebra.field import Field
 from trainverify.algebra.fieldvalue import FieldValue, is_dense
+from trainverify.algebra.order import one_number
 from trainverify.algebra.powers import Powers
 from trainverify.algebra.primes import MOD_P, P, pack_p
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.elements import Elements, Some
 from trainverify.kernel.store import GARBAGE, I64, INF_ID, NINF_ID, ONE_ID, ZERO_ID
-from trainverify.kernel.terms import POSITIVE
+from trainverify.kernel.terms import NEGATIVE, POSITIVE
 
 
 class TermValue:
@@ -260,11 +261,29 @@ class Terms(Powers):
 
     # ---- order
     def maximum(self, a, b):
+        """Where both are negative, as a minimum: see there."""
         f = self.field.maximum(a.f, b.f)
+        number, x = one_number(self, a, b)
+        if number is not None and number.f.num.item() < 0 and self._has_sign(x, NEGATIVE):
+            return TermValue(f, self.ids(self.neg(self.minimum(self.neg(number), self.neg(x)))))
         return self._value(f, lambda prints: self.elements.greatest(np.stack([self._flat(a, f.shape), self._flat(b, f.shape)], 1), prints))
 
     def minimum(self, a, b):
-        return self.neg(self.maximum(self.neg(a), self.neg(b)))
+        """Of a positive number c and one x > 0: min(c, x) = c / max(1, c / x), which is how the field sees it. The sign is the store's, which holds
+        wherever the reference is defined, so that 1 / x is defined there too."""
+        number, x = one_number(self, a, b)
+        if number is None or number.f.num.item() <= 0 or not self._has_sign(x, POSITIVE):
+            least = self.neg(self.maximum(self.neg(a), self.neg(b)))
+        else:
+            least = self.mul(number, self.inv(self.maximum(self.const(1), self.mul(number, self.inv(x)))))
+        return least if self.is_const(least) else TermValue(self.field.minimum(a.f, b.f), self.ids(least))
+
+    def _has_sign(self, x: TermValue, sign: int) -> bool:
+        return bool((self.nodes.sign[self.ids(x).reshape(-1).numpy()] == sign).all())
+
+    def number_of(self, a) -> torch.Tensor:
+        """The contents of a constant."""
+        return a.f.num
 
     def amax(self, a, dims: Sequence[int] = (), keepdim: bool = False):
         n = len(a.shape)

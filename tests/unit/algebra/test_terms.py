@@ -47,6 +47,12 @@ OPS = {
     "broadcast": lambda m, x, y: m.add(m.sum(x, [1], True), m.sum(y, [0])),
     "maximum": lambda m, x, y: m.maximum(x, y),
     "minimum": lambda m, x, y: m.minimum(x, y),
+    "minimum with a number, of a positive value": lambda m, x, y: m.minimum(m.add(norm(m, x), m.const(0.25)), m.const(3)),
+    "minimum with a number, of a value over a norm": lambda m, x, y: m.minimum(m.const(0.5), m.div(m.const(2), m.add(norm(m, y), m.const(1)))),
+    "minimum with a number, of any sign": lambda m, x, y: m.minimum(m.sum(m.sub(x, y)), m.const(0.25)),
+    "minimum with a number, of what may be zero": lambda m, x, y: m.minimum(norm(m, m.sub(x, x)), m.const(0.25)),
+    "maximum of negative ones": lambda m, x, y: m.maximum(m.neg(m.add(norm(m, x), m.const(0.25))), m.const(-3)),
+    "minimum with a negative number": lambda m, x, y: m.minimum(m.add(norm(m, x), m.const(1)), m.const(-2)),
     "amax": lambda m, x, y: m.amax(x, [1]),
     "amin, kept": lambda m, x, y: m.amin(x, [0], True),
     "amax all": lambda m, x, y: m.amax(x, []),
@@ -172,6 +178,24 @@ def norm(m, x):
 
 def norm_of_norms(m, x, power: int = 2):
     return m.sqrt(m.add(*(m.pow(norm(m, h), power) for h in halves(m, x))))
+
+
+def clipped(m, x, epsilon=0.25):
+    return m.minimum(m.div(m.const(0.5), m.add(norm(m, x), m.const(epsilon))), m.const(1))
+
+
+def clipped_by_divisor(m, x, epsilon=0.25):
+    return m.inv(m.maximum(m.div(m.add(norm_of_norms(m, x), m.const(epsilon)), m.const(0.5)), m.const(1)))
+
+
+def test_a_minimum_is_turned_over_where_it_is_positive_only():
+    for reference, parallel in ((clipped, clipped_by_divisor), (clipped_by_divisor, clipped)):
+        r = run(reference, parallel, (4,))
+        assert r.proved().all() and mistakes(r) == []
+        r = run(reference, lambda m, x: parallel(m, x, -0.25), (4,))      # which may be negative
+        assert not r.proved().any() and mistakes(r) == []
+        r = run(lambda m, x: reference(m, x, -0.25), lambda m, x: parallel(m, x, -0.25), (4,))
+        assert not r.proved().any() and mistakes(r) == []
 
 
 def test_identities_are_proved_and_wrong_twins_are_not():
