@@ -316,8 +316,7 @@ class Watcher:
         for space, ref, low in wanted.looked.get(call.index, ()):
             at = self.restricted(machine, ref).reshape(-1).unique().numpy()
             at = at[at != low] if low is not None else np.where(at < 0, at + spaces.size(space), at)
-            for v in at.tolist():
-                locate(spaces, space, v, self.full.required)
+            locate(spaces, space, at, self.full.required)
         if call.index in wanted.targets:
             target = wanted.targets[call.index]
             original = self.classes.layouts[(self.side, machine.rank)].trace.ops[call.index]
@@ -358,23 +357,26 @@ def places(kept: Kept, domain: Domain | None, t: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.where(inside, at, flat)).to(t.dtype).reshape(t.shape)
 
 
-def locate(spaces: Spaces, s: int, v: int, into: dict[int, set[int]]) -> None:
-    """The atoms' indices of which index v of s is made."""
+def locate(spaces: Spaces, s: int, at: np.ndarray, into: dict[int, set[int]]) -> None:
+    """The atoms' indices of which these indices of s are made."""
     s = spaces.find(s)
     form = spaces.form(s)
+    if not at.size:
+        return
     if form is None:
-        into[s].add(v)
+        into[s].update(np.unique(at).tolist())
     elif form.kind == PRODUCT:
         size = spaces.size(s)
         for p in form.parts:
             size //= spaces.size(p)
-            k, v = divmod(v, size)
-            locate(spaces, p, k, into)
+            k, at = np.divmod(at, size)
+            locate(spaces, p, np.unique(k), into)
+            at = np.unique(at)
     else:
         for p in form.parts:
-            if v < spaces.size(p):
-                return locate(spaces, p, v, into)
-            v -= spaces.size(p)
+            inside = at < spaces.size(p)
+            locate(spaces, p, at[inside], into)
+            at = at[~inside] - spaces.size(p)
 
 
 def check_sizes(classes: Classes, integers: Integers) -> None:

@@ -17,6 +17,7 @@ from trainverify.shrink.spaces import Kept
 from trainverify.shrink.values import fill
 from trainverify.shrink.values import fill
 
+LARGEST = 1 << 30                             # bytes of one reduced tensor: what keeps its size is then too much to be verified
 ROUNDS = 6                                    # of finding the indices that occur; each adds some
 
 
@@ -67,6 +68,7 @@ class Reducer:
         classes = self.classes
         check_sizes(classes, self.integers)
         kept, sizes, full = _settled(classes, self.integers, base, self.progress)
+        _bearable(classes, kept)
         programs, checked = {}, {}
         self.progress("reduce", "programs")
         for side, program in classes.programs.items():
@@ -92,6 +94,19 @@ def reduce_programs(reference: Program, parallel: Program, table: OpTable, base:
 def classified(reference: Program, parallel: Program, table: OpTable, base: int = LEAST) -> tuple[Classes, Kept]:
     """Classes and sizes alone, without rewriting anything: for `trainverify shapes`."""
     return Reducer(reference, parallel, table).classified(base)
+
+
+def _bearable(classes: Classes, kept: Kept) -> None:
+    """Refuse where so much keeps its size that the reduced programs are still large."""
+    for layout in classes.layouts.values():
+        largest = max(layout.storages, key=lambda sid: kept.count(layout.storages[sid]) * layout.items[sid], default=None)
+        if largest is None or (n := layout.nbytes(largest, kept)) <= LARGEST:
+            continue
+        pins = [p for p in classes.spaces.pins if not p.structural]
+        why = f"; {pins[0].why}" if pins else ""
+        span = next((layout.span(c) for c in layout.repeats.distinct() if any(layout.canon[t.storage] == largest for t in c.targets())), None)
+        raise refusal("SHAPE003", f"a tensor of {n / 2 ** 30:.1f} GB is left at the reduced sizes: too many of its dimensions keep their size{why}",
+                      "trainverify shapes says which; a buffer that is used for tensors of different sizes is one reason", span)
 
 
 def _settled(classes: Classes, integers: Integers, base: int, progress: Callable) -> tuple[Kept, Sizes, Full]:
