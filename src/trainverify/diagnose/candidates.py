@@ -159,7 +159,10 @@ class Maker:
                 ref, span = calls[0].args[0], calls[0].span
                 calls.insert(0, OpCall(0, "aten.pow_.Scalar", (ref, 2), {}, ref, (ref,), span))
                 calls.append(OpCall(0, "aten.sqrt_.default", (ref,), {}, ref, (ref,), span))
-            yield Candidate(f"sum the square of the norm over {self.places.over(family)}, and take the root of that, after {self._line(occurrences)}", edit)
+            over = self.places.over(family)
+            means = Relation("partial sum", "REL002", f"reference^2 = sum over {over} of the squares of the parallel values",
+                             detail="each rank counts only what it holds", same=("norm",))
+            yield Candidate(f"sum the square of the norm over {over}, and take the root of that, after {self._line(occurrences)}", edit, means, nodes[0])
 
     def _reduced_numbers(self, nodes: Iterable[Node]) -> Iterator[Candidate]:
         """A count that each rank makes of its own share, and that meets right values: its sum over some group; or its mean, as a sum with
@@ -263,9 +266,10 @@ class Maker:
                 if group is None or c.kind in SAME_SIZE and len(c.group) != len(group):
                     return Candidate("", Edit())
                 edit.calls[n] = regrouped(call, group, self._meetings)
-        if all(self.flow.call(n).collective.group == family[n[0]] for n in edit.calls):
+        others = [c.group for n in edit.calls if (c := self.flow.call(n).collective).group != family[n[0]]]
+        if not others:
             return Candidate("", Edit())
-        was = self.places.over(self.places.family(self.flow.call(node).collective.group))
+        was = self.places.over(self.places.family(others[0]))
         return Candidate(f"{self._kind([node])} over {self.places.over(family)} instead of {was} at {self._line(occurrences)}", edit)
 
     # ---- positions and messages

@@ -125,10 +125,12 @@ class Parts:
                         reads.setdefault(made[1], {}).setdefault((rank, call.index), {})[ref] = (made, parts)
         names = list(reads)
         for chosen in ([names] if len(names) > 1 else []) + [[name] for name in names]:
-            its = [reads[name] for name in chosen]
-            for n in sorted({len(parts) for nodes in its for read in nodes.values() for _, parts in read.values()}):
+            for n in sorted({len(parts) for name in chosen for read in reads[name].values() for _, parts in read.values()}):
                 for words, order_of in self._batch_orders(n):
-                    yield Candidate(f"take {words} of the {n} parts of {' and '.join(chosen)}", self._batch_edit(its, n, order_of))
+                    edit, changed = Edit(), []
+                    for name in chosen:
+                        changed += [name] if self._take(edit, reads[name], n, order_of) else []
+                    yield Candidate(f"take {words} of the {n} parts of {' and '.join(changed)}", edit)
 
     def _batch_orders(self, n: int) -> Iterator[tuple[str, Callable[[int], Order | None]]]:
         yield from self._own(n)
@@ -136,14 +138,15 @@ class Parts:
         for by in (1, -1) if n > 2 else ():
             yield f"the {'next' if by > 0 else 'previous'}", lambda rank, by=by: tuple((k + by) % n for k in range(n))
 
-    def _batch_edit(self, reads: list[dict[Node, Read]], n: int, order_of: Callable[[int], Order | None]) -> Edit:
-        edit = Edit()
-        for node, read in ((node, read) for its in reads for node, read in its.items()):
+    def _take(self, edit: Edit, reads: dict[Node, Read], n: int, order_of: Callable[[int], Order | None]) -> bool:
+        """Have these calls read other parts; whether any does."""
+        some = False
+        for node, read in reads.items():
             order = order_of(node[0])
             instead = {ref: new for ref, (_, parts) in read.items() if order is not None and len(parts) == n and (new := parts[order[parts.index(ref)]]) != ref}
             if instead:
-                edit.calls[node] = reading(edit.calls.get(node) or self.flow.call(node), instead)
-        return edit
+                edit.calls[node], some = reading(edit.calls.get(node) or self.flow.call(node), instead), True
+        return some
 
     # ---- what is read
     def _read(self, node: Node) -> Read:

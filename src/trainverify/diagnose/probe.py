@@ -55,9 +55,11 @@ class Probes:
             world = self.doubled(edit)
             factor = self._factor(targets, world) if world is not None else None
             if factor is not None and factor != 1:
-                yield self._candidate(node, factor)
+                yield self._candidate(node, factor, True)
+                yield self._candidate(node, factor, False)
 
-    def _candidate(self, node: Node, factor: Fraction) -> Candidate:
+    def _candidate(self, node: Node, factor: Fraction, value: bool) -> Candidate:
+        """value: the value is wrong too, and not the gradient alone."""
         line = f"{self.flow.span(node)}{self.places.called(node)}"
         amount = abs(1 - factor)
         times = "" if amount == 1 else f"{amount} x "
@@ -65,7 +67,8 @@ class Probes:
             text, detail = f"parallel = reference + {times}the part of it that comes from {line}", f"a term too many: {times}what comes from {line}"
         else:
             text, detail = f"reference = parallel + {times}the part of it that comes from {line}", f"a term is missing: {times}what comes from {line}"
-        return Candidate(f"scale by {factor} what {line} makes, and its gradient", self._scaled(node, factor), Relation("additive term", "REL014", text, detail=detail), node)
+        words = f"what {line} makes, and its gradient" if value else f"the gradient of what {line} makes"
+        return Candidate(f"scale by {factor} {words}", self._scaled(node, factor, value), Relation("additive term", "REL014", text, detail=detail), node)
 
     # ---- what is looked at
     def _targets(self, cause: Cause) -> list[Target]:
@@ -130,10 +133,10 @@ class Probes:
         targets = call.targets()
         return bool(targets) and call.name.startswith("aten.") and targets[0].numel == 1 and is_float(targets[0].dtype)
 
-    def _scaled(self, node: Node, factor: Fraction) -> Edit:
-        """What a line makes, in every step and every time, and the gradient that its backward delivers, times a factor."""
+    def _scaled(self, node: Node, factor: Fraction, value: bool = True) -> Edit:
+        """What a line makes, in every step and every time, and the gradient that its backward delivers, times a factor; or the gradient alone."""
         edit = Edit()
-        for n in (n for o in self.places.occurrences([node], False) for n in o.values()):
+        for n in (n for o in self.places.occurrences([node], False) for n in o.values()) if value else ():
             edit.after[self.places.settled(n)] += scaled(self.flow.call(n).targets()[0], factor, self.flow.call(n).span)
         _, file, number, _, stack = self.places.line(node)
         for rank, ops in self.flow.calls.items():

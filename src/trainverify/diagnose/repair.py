@@ -112,6 +112,8 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
     step = min(k[2] for k in wrong)
     first = {k for k in wrong if k[2] == step}
     first = {k for k in first if k[0] in EARLY} or first
+    before = _wrong(job.analysis.second.comparison, job.analysis.second.comparison.compared)
+    sound = {k for k in job.analysis.second.comparison.compared if k[2] == step and k[0] in EARLY and k not in before}
     edit, chosen, right, whole = Edit(), {}, set(), None
     likely: dict[int, Candidate] = {}
     for i, cause in enumerate(job.told.causes):
@@ -128,10 +130,10 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
                 continue
             edited = applied(job.parallel, both)
             tried = _tried(job, edited, step, updates_later)
-            if tried is None or (still := tried.still_wrong(first)) & early:
+            if tried is None or (still := tried.still_wrong(first)) & early or tried.still_wrong(sound):
                 continue
             tried = _tried(job, edited)
-            if tried is not None and not tried.still_wrong(concerned[i]):
+            if tried is not None and not (broken := tried.still_wrong(tried.comparison.compared)) & concerned[i] and broken <= before:
                 edit, right, whole, chosen[i] = both, first - still, tried, candidate
                 break
     if not chosen and len(likely) > 1:

@@ -1,0 +1,159 @@
+"""Repairs of what is read and of how much of it counts: parts that changed places, this rank's part of the batch, terms, weights, norms."""
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import trainverify as tv
+from test_repair import line, total
+from trainverify.report.model import Report
+
+ROWS, WIDTH, CLASSES = 6, 4, 5
+
+
+class Gated(nn.Module):
+    """The gate and what it lets through are the halves of one product."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.head = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, -1)
+        return self.head(F.silu(gate) * up)
+
+
+class Swapped(Gated):
+    def forward(self, x):
+        up, gate = self.both(x).chunk(2, -1)
+        return self.head(F.silu(gate) * up)
+
+
+def loss_of(logits, labels, reduction="mean"):
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+
+
+def plain(model, batch):
+    return loss_of(model(batch["x"]), batch["labels"])
+
+
+def verify(step, loss=plain, made=Gated, clip=None, ranks=2) -> Report:
+    """step(model, batch) makes gradients and returns the loss; then SGD. clip(parameters) scales gradients and returns their norm."""
+    def training(model, batch, gradients, clip):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def one():
+            scalars = {"loss": gradients(model, batch)}
+            if clip is not None:
+                scalars["norm"] = clip(list(model.parameters()))
+            optimizer.step()
+            optimizer.zero_grad()
+            return scalars
+        return tv.Training(model, one, batch=batch)
+
+    def whole(model, batch):
+        value = loss(model, batch)
+        value.backward()
+        return value
+
+    def reference():
+        torch.manual_seed(0)
+        batch = {"x": torch.randn(ROWS, WIDTH), "labels": torch.tensor([0, -100, 2, 3, 1, 4])}
+        return training(Gated(), batch, whole, clip and (lambda ps: nn.utils.clip_grad_norm_(ps, 0.1)))
+
+    def parallel(ref):
+        dist.init_process_group("gloo")
+        model = made()
+        model.load_state_dict(ref.weights)
+        return training(model, ref.batch, step, clip)
+
+    return tv.verify(reference, parallel, ranks=ranks, timeout=60.0)
+
+
+def mended(report: Report, diagnosis: str, *words: str) -> None:
+    """One finding of that class, with a verified repair that says these words."""
+    assert report.verdict == "REFUTED" and len(report.findings) == 1, report.findings
+    (finding,) = report.findings
+    told = str(finding.repair).replace(__file__, "here")
+    assert finding.diagnosis == diagnosis, finding
+    assert finding.repair is not None and finding.repair.verified and all(w in told for w in words), told
+
+
+def sum_grads(model):
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+
+
+@pytest.mark.slow
+def test_the_halves_of_a_product_changed_places():
+    def step(model, batch):
+        x, labels = (batch[k].chunk(2)[dist.get_rank()] for k in ("x", "labels"))
+        loss = loss_of(model(x), labels, "sum") / total((batch["labels"] != -100).sum()) * 2
+        loss.backward()
+        sum_grads(model)
+        return total(loss)
+
+    mended(verify(step, made=Swapped), "other", "read the other of the parts", "here:")
+
+
+@pytest.mark.slow
+def test_labels_of_another_rank():
+    def step(model, batch):
+        rank = dist.get_rank()
+        x, labels = batch["x"].chunk(2)[rank], batch["labels"].chunk(2)[1 - rank]
+        loss = loss_of(model(x), labels, "sum") / total((labels != -100).sum())
+        loss.backward()
+        sum_grads(model)
+        return total(loss)
+
+    mended(verify(step), "other", "take this rank's own, by its place in all ranks, of the 2 parts of batch['labels']")
+
+
+@pytest.mark.slow
+def test_microbatches_that_count_alike():
+    def step(model, batch):
+        rank, reported = dist.get_rank(), 0.0
+        for x, labels in zip(batch["x"].chunk(2)[rank].split((2, 1)), batch["labels"].chunk(2)[rank].split((2, 1))):
+            loss = loss_of(model(x), labels) / 4
+            loss.backward()
+            reported = reported + loss.detach()
+        sum_grads(model)
+        return total(reported)
+
+    mended(verify(step), "reweighted", "scale the losses at here:", "by 4/5, 4/5 on rank 0", "by 8/5, 4/5 on rank 1")
+
+
+def extra(model):
+    return 0.5 * model.both.weight.square().mean()
+
+
+@pytest.mark.slow
+def test_a_term_of_the_loss_that_every_rank_adds():
+    def step(model, batch):
+        x, labels = (batch[k].chunk(2)[dist.get_rank()] for k in ("x", "labels"))
+        main = loss_of(model(x), labels, "sum") / total((labels != -100).sum())
+        more = extra(model)
+        (main + more).backward()
+        sum_grads(model)
+        return total(main) + more.detach()
+
+    report = verify(step, lambda model, batch: plain(model, batch) + extra(model))
+    mended(report, "reweighted", f"scale by 1/2 the gradient of what here:{line(extra, '0.5')}")
+
+
+@pytest.mark.slow
+def test_a_norm_of_what_one_rank_holds():
+    def clip(parameters):
+        mine = parameters[dist.get_rank()::2]
+        norm = torch.stack([p.grad.norm() for p in mine]).norm()
+        for p in parameters:
+            p.grad.mul_((0.1 / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def step(model, batch):
+        loss = plain(model, batch)
+        loss.backward()
+        return loss
+
+    mended(verify(step, clip=clip), "partial sum", "sum the square of the norm over all ranks")
