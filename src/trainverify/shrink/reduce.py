@@ -35,13 +35,15 @@ class Reduced:
 
 
 def sized(classes: Classes, base: int = LEAST, required: dict[int, set[int]] | None = None) -> tuple[Kept, Sizes]:
-    """Sizes for all classes, and the indices that are kept: those that are required, and the first others."""
+    """Sizes for all classes, and the indices that are kept: those that are required, and the first others. Of positions, at which integers are read, the
+    last one is kept too: what is wrong there alone (a label at the end of a shard) is no less wrong."""
     required = required or {}
+    positions = {a for d in classes.notes.domains for s in classes.layouts[d.where].dims(d.ref) for a in classes.spaces.atoms(s)}
     found = solve(classes, problem(classes, {a: len(v) for a, v in required.items()}, base))
     atoms = {}
     for a, n in found.count.items():
         if n < classes.spaces.size(a):        # the others keep all
-            must = required.get(a, set())
+            must = required.get(a, set()) | ({classes.spaces.size(a) - 1} if a in positions and len(required.get(a, ())) < n else set())
             free = [i for i in range(n + len(must)) if i not in must]
             atoms[a] = np.array(sorted([*must, *free[:n - len(must)]]), dtype=np.int64)
     return Kept(classes.spaces, atoms), found

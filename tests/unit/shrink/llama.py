@@ -63,12 +63,14 @@ class Llama(nn.Module):
     def __init__(self, s: Sizes, count: Sizes | None = None):
         super().__init__()
         self.s, self.head_dim = s, (count or s).head_dim
+        self.positions = None                 # 0, 1, 2 and so on
         self.embed = nn.Parameter(torch.randn(s.vocabulary, s.hidden))
         self.blocks = nn.ModuleList([Block(s, count) for _ in range(LAYERS)])
         self.head = nn.Parameter(torch.randn(s.vocabulary, s.hidden) * 0.2)
 
     def forward(self, tokens):
-        angles = torch.arange(self.s.sequence)[:, None] * 10000.0 ** (-torch.arange(0, self.s.head_dim, 2) / self.head_dim)
+        positions = torch.arange(self.s.sequence) if self.positions is None else self.positions
+        angles = positions[:, None] * 10000.0 ** (-torch.arange(0, self.s.head_dim, 2) / self.head_dim)
         x = F.embedding(tokens, self.embed)
         for block in self.blocks:
             x = block(x, angles.cos(), angles.sin())

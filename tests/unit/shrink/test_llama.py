@@ -31,6 +31,7 @@ def test_reduced_trace_is_the_model_at_the_reduced_sizes():
 
     model = llama.Llama(sizes, llama.FULL)
     model.load_state_dict(symbols)
+    model.positions = kept_positions(small)
     logits = model(batch["tokens"])
     valid = llama.FULL.samples * (llama.FULL.sequence - 1)
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / valid
@@ -38,6 +39,12 @@ def test_reduced_trace_is_the_model_at_the_reduced_sizes():
     torch.testing.assert_close(found[("scalar", "loss")].float().reshape(()), loss.detach(), rtol=1e-5, atol=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[("gradient", name)], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def kept_positions(small) -> torch.Tensor:
+    """The recorded places in a sample that are kept."""
+    tokens = next(c.args[1] for c in small.classes.programs["reference"].traces[0].ops if c.name == "tv.data" and "tokens" in c.args[0])
+    return torch.from_numpy(small.kept.indices(small.classes.layouts[("reference", 0)].dims(tokens)[1]))
 
 
 def attention_sizes(ops) -> tuple[int, int, int]:

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import trainverify as tv
 from shrink.kit import captured
-from shrink.test_llama import batch_of, tensor
-from trainverify.ir.trace import TensorRef
+from shrink.test_llama import batch_of, kept_positions, tensor
 from trainverify.ops.standard import standard_table
 from trainverify.shrink.check import execute
 from trainverify.shrink.reduce import reduce_programs
@@ -75,8 +74,8 @@ def deepseek_sizes(symbols: dict, ops) -> dict:
                 q_lora_rank=rows("self_attn.q_a_proj"), kv_lora_rank=latent, qk_rope_head_dim=rope, qk_nope_head_dim=queries // heads - rope, v_head_dim=out // heads)
 
 
-def counting(small, full) -> None:
-    """The small model, with the counts of the full one."""
+def counting(small, full, positions) -> None:
+    """The small model, with the counts of the full one and these positions."""
     norms = {name: m.weight.numel() for name, m in full.named_modules() if type(m).__name__.endswith("RMSNorm")}
 
     def normed(self, x, n):
@@ -87,12 +86,9 @@ def counting(small, full) -> None:
             m.forward = lambda x, m=m, n=norms[name]: normed(m, x, n)
         if hasattr(m, "scaling"):
             m.scaling = full.get_submodule(name).scaling
-        if hasattr(m, "inv_freq"):            # of the first places
+        if hasattr(m, "inv_freq"):
+            m.forward = lambda x, position_ids, rotary=m.forward: rotary(x, positions[None])
             m.inv_freq = full.get_submodule(name).inv_freq[:m.inv_freq.numel()].clone()
-
-
-def tokens_of(classes) -> TensorRef:
-    return next(c.args[1] for c in classes.programs["reference"].traces[0].ops if c.name == "tv.data" and "tokens" in c.args[0])
 
 
 @pytest.mark.slow
@@ -108,15 +104,14 @@ def test_model_at_the_reduced_sizes(name, sizes, derived):
     assert all(n < sizes[k] for k, n in changed.items()), (changed, small.classes.spaces.pins)
 
     model, full = model_of(name, **{**sizes, **changed}), model_of(name, **sizes)
-    counting(model, full)
+    counting(model, full, kept_positions(small))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for key, value in symbols.items():
             state[key].copy_(value)
     length = batch["tokens"].shape[1]
     assert batch["tokens"].shape[0] < ROWS and length < LENGTH
-    places = torch.from_numpy(small.kept.indices(small.classes.layouts[("reference", 0)].dims(tokens_of(small.classes))[1]))
-    logits = model(input_ids=batch["tokens"], position_ids=places[None]).logits
+    logits = model(input_ids=batch["tokens"]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / (ROWS * (LENGTH - 1))
     loss.backward()
     torch.testing.assert_close(found[("scalar", "loss")].float().reshape(()), loss.detach(), rtol=1e-5, atol=1e-6)

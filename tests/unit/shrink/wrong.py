@@ -144,5 +144,15 @@ pair("ring_the_other_way", lambda w, x: dot(w, torch.cat([x[24:], x[:24]])), lam
 pair("offset_of_all_but_the_first", lambda w, x: dot(w, x), lambda w, x: dot(w, gathered(x[(dist.get_rank() > 0) * 8:][:8])), w=(24,), x=(24,), ranks=3)
 pair("ranks_average_uneven_means", lambda w, x: x.mean(), lambda w, x: summed((x[:7] if dist.get_rank() == 0 else x[7:]).mean()) / 2, ranks=2)
 pair("ranks_see_the_first_two", lambda w, x: x.sum(), lambda w, x: summed(x[dist.get_rank() * 6:][:2].sum()), ranks=2)
+
+
+def wrong_at_the_end_of_each_shard(w, x):
+    part, at = x[dist.get_rank() * 12:][:12], torch.arange(12)
+    return dot(w, gathered(part[torch.where(at == 11, 0, at)]))
+
+
+pair("index_at_the_end_of_a_shard", lambda w, x: dot(w, x), wrong_at_the_end_of_each_shard, w=(24,), x=(24,), ranks=2)
+pair("label_at_the_end", lambda w, x: x.gather(1, torch.arange(12)[:, None] % 5).sum(), lambda w, x: x.gather(1, (torch.arange(12)[:, None] % 5) * (torch.arange(12)[:, None] < 11)).sum(),
+     x=(12, 5))
 pair("top_two_experts_are_all", lambda w, x: dot(w, (x.softmax(-1))), lambda w, x: dot(w, torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, x.softmax(-1).topk(2, -1).values)),
      w=(3, 8), x=(3, 8))
