@@ -217,6 +217,8 @@ class Collectives:
         else:
             got = pending.got if pending.ticket is None else self.channel.complete(pending.ticket)
         if plan.outputs and all(t.is_meta for t in plan.outputs):      # at full size: the others' sizes were compared when they met
+            for t in plan.outputs:
+                self.recorder.floats.forget(t)
             pending.got = None
             return
         with unseen():

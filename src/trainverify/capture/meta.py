@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 KEY, VALUE = "floats", "meta"                  # in Trace.meta: the trace holds no value of a float
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _DATA_DEPENDENT = "it needs the values of floats, and a full-size capture has none"
+SMALL = 1 << 17                                # elements of a float tensor that is computed for real too, where it comes from integers alone
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index")
 _BY_VALUE = (*_INDEXED, "masked_select", "repeat_interleave", "resize_", "set_")     # what they give is not a matter of sizes alone
 Kind = tuple[Any, ...]
@@ -43,6 +44,7 @@ class MetaFloats:
         self._floats: dict[Kind, bool] = {}    # whether calls of this kind, on integers alone or on nothing, give floats
         self._factories: dict[Any, bool] = {}  # whether a call takes a device and no tensor: without the argument, it makes its result on the default device
         self._results: dict[Kind, _Result] = {}
+        self._known: dict[int, torch.Tensor] = {}      # by storage: floats that come from integers and numbers alone
         self.items = 0
 
     # ---- running a call
@@ -50,7 +52,7 @@ class MetaFloats:
         """The call's result: floats, and all that is computed from them, on meta."""
         tensors = _tensors(args, kwargs)
         if any(t.is_meta for t in tensors):
-            return self._on_meta(info, func, args, kwargs)
+            return self._from_known(info, func, args, kwargs, tensors)
         if info.writes:                        # integers, or data that came from outside
             return func(*args, **kwargs)
         kind = (func, tuple([(t.dtype, t.dim()) for t in tensors]), tuple([type(a) for a in args]), kwargs.get("dtype"), torch.get_default_dtype())
@@ -58,8 +60,48 @@ class MetaFloats:
         if floats is None:
             floats = self._floats[kind] = self._gives_floats(func, args, kwargs)
         if floats:
-            return func(*[_shadow(a) for a in args], **self._elsewhere(func, kwargs, META))
+            result = func(*[_shadow(a) for a in args], **self._elsewhere(func, kwargs, META))
+            if not info.garbage and not info.random and _is_small(result):
+                self._remember(result, func(*args, **self._elsewhere(func, kwargs, CPU)))
+            return result
         return func(*args, **self._elsewhere(func, kwargs, CPU))
+
+    # ---- small floats that come from integers and numbers alone
+    def value(self, t: torch.Tensor) -> torch.Tensor | None:
+        """The values of a tensor on meta, where they are known."""
+        data = self._known.get(t.untyped_storage()._cdata)
+        return None if data is None or data.dtype != t.dtype else data.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    def forget(self, t: torch.Tensor | torch.UntypedStorage) -> None:
+        """The memory is written or resized, or holds a symbol from now on."""
+        self._known.pop((t.untyped_storage() if isinstance(t, torch.Tensor) else t)._cdata, None)
+
+    def _remember(self, made: Any, values: Any) -> None:
+        for t, v in zip(_tensors((made,), {}), _tensors((values,), {})):
+            if t.is_meta and _is_float(t) and t.numel() * t.element_size() == t.untyped_storage().nbytes() and t.dtype == v.dtype:
+                self._known[t.untyped_storage()._cdata] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CPU).copy_(v).as_strided((t.numel(),), (1,))
+
+    def _from_known(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
+        """A call on meta; for real too, where the values of all its arguments are known."""
+        if info.writes or info.hidden_writes:
+            written = [args[p] if p < len(args) else kwargs.get(name) for p, name in info.writes] + [args[p] for p in info.hidden_writes]
+            for t in _tensors(written, {}):
+                self.forget(t)
+            return self._on_meta(info, func, args, kwargs)
+        if info.random or any(t.is_meta and self.value(t) is None for t in tensors) or any(t.numel() > SMALL for t in tensors):
+            return self._on_meta(info, func, args, kwargs)
+        values = func(*[self._valued(a) for a in args], **{k: self._valued(v) for k, v in self._elsewhere(func, kwargs, CPU).items()})
+        if not any(_is_float(t) for t in _tensors((values,), {})):
+            return values
+        result = self._on_meta(info, func, args, kwargs)
+        if _is_small(result):
+            self._remember(result, values)
+        return result
+
+    def _valued(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return self.value(a) if a.is_meta else a
+        return [self._valued(x) for x in a] if type(a) in (list, tuple) and any(isinstance(x, torch.Tensor) for x in a) else a
 
     def _gives_floats(self, func: Callable, args: tuple, kwargs: dict) -> bool:
         try:
@@ -106,10 +148,12 @@ class MetaFloats:
         self.items += 1
         return 1.0 + random.Random(self.items).random()
 
-    @staticmethod
-    def data(t: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def data(self, t: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """A float tensor that Python filled, on meta, and its bytes."""
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META, requires_grad=t.requires_grad), contents(t)
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META, requires_grad=t.requires_grad)
+        if t.numel() <= SMALL:
+            self._remember(made, t)
+        return made, contents(t)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +213,10 @@ def _tensors(args, kwargs) -> list[torch.Tensor]:
     return found
 
 
+def _is_small(result: Any) -> bool:
+    return all(t.numel() <= SMALL for t in _tensors((result,), {}))
+
+
 def _is_float(t: torch.Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
@@ -205,9 +253,20 @@ def full_size() -> Iterator[None]:
     patches = Patches()
     try:
         _attention(patches)
+        _autocast(patches)
         yield
     finally:
         patches.restore()
+
+
+def _autocast(patches: Patches) -> None:
+    """torch.autocast(x.device.type) is the CPU's, which leaves tensors on meta alone: casts between float types are the identity (an assumption)."""
+    original = torch.autocast.__init__
+
+    def init(context, device_type, *args, **kwargs):
+        original(context, "cpu" if device_type == META.type else device_type, *args, **kwargs)
+
+    patches.set(torch.autocast, "__init__", init)
 
 
 def _attention(patches: Patches) -> None:

@@ -60,6 +60,7 @@ class Recorder(TorchDispatchMode):
         self.collectives = Collectives(self, channel)
         self._infos: dict[Any, OpInfo] = {}
         self.scalar_values: list[float] = []
+        self._valued: set[int] = set()         # scalars that have a value; all, unless floats have none
         self._noted: set[tuple[str, int, str]] = set()
 
     # ---- life
@@ -280,10 +281,13 @@ class Recorder(TorchDispatchMode):
     def _item(self, info: OpInfo, func, args):
         """A value leaves for Python: a float keeps a reference."""
         args = (self._plain(args[0]),)
-        value = func(*args) if not args[0].is_meta else self._valueless(info, args[0])
+        known = self.floats.value(args[0]) if self.floats is not None and args[0].is_meta else args[0]
+        value = func(*args) if known is args[0] else known.item() if known is not None else self._valueless(info, args[0])
         outs: Arg = value
         if isinstance(value, float):
             outs = self.last_item = self._new_scalar(value)
+            if known is not None:
+                self._valued.add(outs.id)
             if not self.reading:
                 self._given.append(TrackedFloat(value, outs, self))
                 self.pending_scalars.append(self._given[-1])
@@ -297,6 +301,10 @@ class Recorder(TorchDispatchMode):
         if not t.is_floating_point():
             raise meta.NeedsValues(f"its value, which Python asks for, is {'a choice' if t.dtype == torch.bool else 'a number'} that floats decide")
         return self.floats.placeholder()
+
+    def _has_value(self, args: tuple) -> bool:
+        """At full size: whether all tracked floats among the arguments come from integers and numbers alone."""
+        return all(a.id in self._valued for a in args if isinstance(a, ScalarRef))
 
     def _take_given(self) -> None:
         """The call that they were given to has been encoded."""
@@ -325,6 +333,8 @@ class Recorder(TorchDispatchMode):
         """A storage may have another size now."""
         sid = self.encoder.resized(storage)
         if sid is not None:
+            if self.floats is not None:
+                self.floats.forget(storage)
             self.append("tv.resize", (Name("storage", str(sid)), storage.nbytes()))
 
     def note(self, code: str, text: str) -> None:
@@ -341,6 +351,8 @@ class Recorder(TorchDispatchMode):
 
     def scalar(self, op: str, args: tuple, value: float) -> ScalarRef:
         ref = self._new_scalar(value)
+        if self._has_value(args):
+            self._valued.add(ref.id)
         self.append(f"tv.scalar.{op}", tuple(args), outs=ref, kwargs={"value": float.__pos__(value)})
         return ref
 
@@ -349,7 +361,7 @@ class Recorder(TorchDispatchMode):
 
     def decision(self, op: str, args: tuple, outcome: bool) -> bool:
         """Python branches on tracked floats; the outcome, which at full size is false where the user accepts the place."""
-        if self.floats is not None:
+        if self.floats is not None and not self._has_value(args):
             span = self.spans.span()
             if not any(names_place(a, span.file, span.line) for a in self.accept):
                 raise Fault(meta.branch(op, span, self.rank))

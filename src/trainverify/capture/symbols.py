@@ -127,6 +127,7 @@ class Symbols:
     def _define_valueless(self, kind: str, name: str, plain: torch.Tensor, key: str) -> None:
         """At full size: the elements are symbols, and nobody needs to know them by their values."""
         self.names[place(plain)] = (kind, name)
+        self.recorder.floats.forget(plain)
         call = self.recorder.emit("tv.symbol", kind, name, plain, writes=(plain,))
         self.defined.append(Defined(kind, name, key, call.args[2]))
 

@@ -102,7 +102,7 @@ def test_a_float_that_leaves_carries_its_origin_back():
 
 
 def branch():
-    norm = torch.ones(3).sum().item()
+    norm = torch.empty(3).sum().item()
     if norm > 2.0:                             # a branch on it
         return "taken"
     return "not taken"
@@ -123,16 +123,45 @@ def test_an_accepted_branch_is_not_taken_and_is_an_assumption():
 
 
 @pytest.mark.parametrize("program", [
-    lambda: torch.ones(5)[torch.ones(5) > 0.5],
-    lambda: int(torch.ones(5).argmax()),
-    lambda: bool((torch.ones(2) > 0).all()),
-    lambda: torch.arange(3).copy_(torch.ones(3)),
-    lambda: torch.ones(3).nonzero(),
+    lambda: torch.ones(5)[torch.empty(5) > 0.5],
+    lambda: int(torch.empty(5).argmax()),
+    lambda: bool((torch.empty(2) > 0).all()),
+    lambda: torch.arange(3).copy_(torch.empty(3)),
+    lambda: torch.empty(3).nonzero(),
 ], ids=["mask of floats", "index", "truth", "written integers", "nonzero"])
 def test_what_needs_values_is_refused(program):
     with pytest.raises(Fault) as caught:
         record(program)
     assert caught.value.diagnostics[0].code == "META001"
+
+
+def test_small_floats_that_come_from_integers_alone_have_values():
+    """Counts of tokens that go through floats, tables, settings: what the program decides by them is decided."""
+    def program():
+        counts = torch.histc(torch.tensor([0, 2, 2, 1]).float(), bins=3, min=0, max=2)
+        rates = torch.linspace(0.0, 1.0, 3)
+        return counts.to(torch.int64).tolist(), [r.item() for r in rates], bool((rates > 0.4).any()), rates[1].item() > 0.4, counts
+
+    recorder, (counts, rates, some, greater, floats) = record(program)
+    assert counts == [1, 1, 2] and rates == [0.0, 0.5, 1.0] and some and greater and floats.is_meta
+
+
+def test_a_float_that_is_written_or_a_symbol_has_no_value_any_more():
+    def written():
+        x = torch.ones(3)
+        x[1:].add_(torch.empty(2))
+        return x.sum().item() > 2
+
+    def resized():
+        x = torch.ones(3)
+        x.untyped_storage().resize_(0)
+        x.untyped_storage().resize_(12)
+        return x.sum().item() > 2
+
+    for program in (written, resized):
+        with pytest.raises(Fault) as caught:
+            record(program)
+        assert caught.value.diagnostics[0].code == "META002"
 
 
 def test_a_call_is_learnt_by_its_sizes_and_not_by_its_memory():
