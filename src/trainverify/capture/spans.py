@@ -139,7 +139,10 @@ class Spans:
         while frame is not None:
             code = frame.f_code
             file = code.co_filename            # a code object would be hashed with all its constants
-            kind = kinds.get(file)
+            try:
+                kind = kinds[file]
+            except KeyError:
+                kind = kinds[file] = self._kind(file)
             if kind:                           # most frames are of no interest
                 if kind == _USER:
                     found.append((file, frame.f_lineno, code.co_name))
@@ -149,9 +152,6 @@ class Spans:
                     break
                 elif not found and code.co_name == _ENGINE_FUNCTION:
                     in_engine = True
-            elif kind is None:
-                kinds[file] = self._kind(file)
-                continue
             frame = frame.f_back
         return tuple(found), in_engine
 
