@@ -51,6 +51,8 @@ class MetaFloats:
     def run(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The call's result: floats, and all that is computed from them, on meta."""
         tensors = _tensors(args, kwargs)
+        if info.reads_nothing:                 # zeros_like and its like: a tensor among the arguments gives sizes only
+            return self._made(info, func, args, kwargs)
         if any(t.is_meta for t in tensors):
             return self._from_known(info, func, args, kwargs, tensors)
         if info.writes:                        # integers, or data that came from outside
@@ -65,6 +67,16 @@ class MetaFloats:
                 self._remember(result, func(*args, **self._elsewhere(func, kwargs, CPU)))
             return result
         return func(*args, **self._elsewhere(func, kwargs, CPU))
+
+    def _made(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
+        result = func(*[_shadow(a) for a in args], **{**kwargs, "device": META})
+        floats = _is_float(result)
+        if floats and (info.garbage or info.random or not _is_small(result)):
+            return result
+        values = func(*args, **{**kwargs, "device": CPU})
+        if floats:
+            self._remember(result, values)
+        return result if floats else values
 
     # ---- small floats that come from integers and numbers alone
     def value(self, t: torch.Tensor) -> torch.Tensor | None:

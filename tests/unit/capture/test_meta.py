@@ -46,6 +46,15 @@ def test_floats_are_on_meta_whatever_the_device_and_integers_are_real():
     assert ids.tolist() == [0, 1, 2, 3] and mask.tolist() == [False, False, True, True] and zeros.tolist() == [0, 0, 0]
 
 
+def test_integers_of_the_sizes_of_floats_are_real():
+    def program():
+        x = torch.empty(2, 3)
+        return torch.zeros_like(x, dtype=torch.bool), x.new_ones(4, dtype=torch.int64), torch.ones_like(x), torch.zeros_like(torch.arange(2))
+
+    _, (mask, counts, floats, zeros) = record(program)
+    assert mask.tolist() == [[False] * 3] * 2 and counts.tolist() == [1] * 4 and floats.is_meta and zeros.tolist() == [0, 0]
+
+
 def test_numbers_that_python_puts_into_a_tensor_keep_their_bytes():
     recorder, made = record(lambda: torch.tensor([1.5, -2.0]) * 2)
     (call,) = recorder.ops
