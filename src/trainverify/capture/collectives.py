@@ -120,6 +120,8 @@ class Collectives:
         for t in (*plan.inputs, *plan.outputs):
             if t.layout is not torch.strided or (t.is_meta and self.recorder.floats is None):
                 raise PlanError(f"{plan.kind} of a {t.layout} tensor on {t.device} is not supported")
+            if self.recorder.floats is not None and not t.is_meta and not self.recorder.floats.has_memory(t):
+                raise meta.NeedsValues(meta.DECIDED)
             if t.is_conj() or t.is_neg():
                 raise PlanError(f"{plan.kind} of a lazily conjugated or negated tensor: call resolve_conj() first")
         dtypes = {t.dtype for t in (*plan.inputs, *plan.outputs)}

@@ -26,6 +26,7 @@ META = torch.device("meta")
 CPU = torch.device("cpu")
 KEY, VALUE = "floats", "meta"                  # in Trace.meta: the trace holds no value of a float
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+DECIDED = "Python asks for a value that floats decide, and a full-size capture has no floats"
 _DATA_DEPENDENT = "it needs the values of floats, and a full-size capture has none"
 SMALL = 1 << 17                                # elements of a float tensor that is computed for real too, where it comes from integers alone
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index")
@@ -45,6 +46,7 @@ class MetaFloats:
         self._factories: dict[Any, bool] = {}  # whether a call takes a device and no tensor: without the argument, it makes its result on the default device
         self._results: dict[Kind, _Result] = {}
         self._known: dict[int, torch.Tensor] = {}      # by storage: floats that come from integers and numbers alone
+        self._decided: set[int] = set()        # storages of integers into which something was written that floats decide
         self.items = 0
 
     # ---- running a call
@@ -53,7 +55,7 @@ class MetaFloats:
         tensors = _tensors(args, kwargs)
         if info.reads_nothing:                 # zeros_like and its like: a tensor among the arguments gives sizes only
             return self._made(info, func, args, kwargs)
-        if any(t.is_meta for t in tensors):
+        if any(not self.has_memory(t) for t in tensors):
             return self._from_known(info, func, args, kwargs, tensors)
         if info.writes:                        # integers, or data that came from outside
             return func(*args, **kwargs)
@@ -100,7 +102,7 @@ class MetaFloats:
             for t in _tensors(written, {}):
                 self.forget(t)
             return self._on_meta(info, func, args, kwargs)
-        if info.random or any(t.is_meta and self.value(t) is None for t in tensors) or any(t.numel() > SMALL for t in tensors):
+        if info.random or any(not self.has_memory(t) and self.value(t) is None for t in tensors) or any(t.numel() > SMALL for t in tensors):
             return self._on_meta(info, func, args, kwargs)
         values = func(*[self._valued(a) for a in args], **{k: self._valued(v) for k, v in self._elsewhere(func, kwargs, CPU).items()})
         if not any(_is_float(t) for t in _tensors((values,), {})):
@@ -126,7 +128,7 @@ class MetaFloats:
         for position, name in info.writes:
             for t in _tensors((args[position] if position < len(args) else kwargs.get(name),), {}):
                 if not t.is_meta:
-                    raise NeedsValues("it writes what it computes from floats into integers" if not _is_float(t) else "it writes into data that has values")
+                    self._decided.add(t.untyped_storage()._cdata)
         kind = _kind(func, args, kwargs)
         known = self._results.get(kind) if kind is not None else None
         if known is not None:
@@ -137,12 +139,31 @@ class MetaFloats:
         return result
 
     def _executed(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        shadows = [_shadow(a) for a in _indices(func, args)]
+        shadows = [_shadow(a) for a in self._indices(func, args)]
         moved = {k: _shadow(v) for k, v in self._elsewhere(func, kwargs, META).items()}
         try:
-            return func(*shadows, **moved)
+            result = func(*shadows, **moved)
         except NotImplementedError as e:
             raise NeedsValues(_DATA_DEPENDENT) from e
+        return next((a for a, s in zip(args, shadows) if s is result), result)     # what is written in place is the argument itself
+
+    def has_memory(self, t: torch.Tensor) -> bool:
+        """Whether the tensor's elements are what its memory says: integers that floats have decided are not."""
+        return not t.is_meta and t.untyped_storage()._cdata not in self._decided
+
+    def _indices(self, func: Any, args: tuple) -> tuple:
+        """Masks among the indices become the numbers that they stand for: how many these are decides a size."""
+        if func._opname not in _INDEXED:
+            return args
+        found: list[torch.Tensor | None] = []
+        for t in args[1]:
+            if isinstance(t, torch.Tensor) and t.dtype == torch.bool:
+                if not self.has_memory(t):
+                    raise NeedsValues("a mask that floats decide says how many elements there are, and a full-size capture has no floats")
+                found += t.nonzero().unbind(1)
+            else:
+                found.append(t)
+        return (args[0], found, *args[2:])
 
     def _elsewhere(self, func: Any, kwargs: dict, device: torch.device) -> dict:
         """The keyword arguments with the device replaced."""
@@ -240,21 +261,6 @@ def _shadow(a: Any) -> Any:
     if type(a) in (list, tuple) and any(isinstance(x, torch.Tensor) or x is None for x in a):
         return [_shadow(x) for x in a]
     return a
-
-
-def _indices(func: Any, args: tuple) -> tuple:
-    """Masks among the indices become the numbers that they stand for: how many these are decides a size."""
-    if func._opname not in _INDEXED:
-        return args
-    found: list[torch.Tensor | None] = []
-    for t in args[1]:
-        if isinstance(t, torch.Tensor) and t.dtype == torch.bool:
-            if t.is_meta:
-                raise NeedsValues("a mask that floats decide says how many elements there are, and a full-size capture has no floats")
-            found += t.nonzero().unbind(1)
-        else:
-            found.append(t)
-    return (args[0], found, *args[2:])
 
 
 # ---- attention

@@ -281,7 +281,7 @@ class Recorder(TorchDispatchMode):
     def _item(self, info: OpInfo, func, args):
         """A value leaves for Python: a float keeps a reference."""
         args = (self._plain(args[0]),)
-        known = self.floats.value(args[0]) if self.floats is not None and args[0].is_meta else args[0]
+        known = args[0] if self.floats is None or self.floats.has_memory(args[0]) else self.floats.value(args[0])
         value = func(*args) if known is args[0] else known.item() if known is not None else self._valueless(info, args[0])
         outs: Arg = value
         if isinstance(value, float):
@@ -299,7 +299,7 @@ class Recorder(TorchDispatchMode):
     def _valueless(self, info: OpInfo, t: torch.Tensor) -> float:
         """A float without a value leaves: a number that only shows where it comes back."""
         if not t.is_floating_point():
-            raise meta.NeedsValues(f"its value, which Python asks for, is {'a choice' if t.dtype == torch.bool else 'a number'} that floats decide")
+            raise meta.NeedsValues(meta.DECIDED)
         return self.floats.placeholder()
 
     def _has_value(self, args: tuple) -> bool:
@@ -377,6 +377,8 @@ class Recorder(TorchDispatchMode):
             with unseen():
                 plain = self._plain(what)
                 floats = plain.is_floating_point() or plain.is_complex()
+                if self.floats is not None and not floats and not self.floats.has_memory(plain):
+                    raise Fault(meta.refusal(how, meta.DECIDED, self.spans.span(), self.rank))
                 self.append("tv.escape", (how, self.encoder.arg(plain)), reads=() if floats else (plain,))
         else:
             if self.floats is not None:

@@ -135,9 +135,11 @@ def test_an_accepted_branch_is_not_taken_and_is_an_assumption():
     lambda: torch.ones(5)[torch.empty(5) > 0.5],
     lambda: int(torch.empty(5).argmax()),
     lambda: bool((torch.empty(2) > 0).all()),
-    lambda: torch.arange(3).copy_(torch.empty(3)),
+    lambda: torch.arange(3).copy_(torch.empty(3)).tolist(),
+    lambda: torch.zeros(3, dtype=torch.bool).scatter_(0, torch.empty(3).topk(1).indices, True).sum().item(),
+    lambda: torch.ones(5)[torch.zeros(5, dtype=torch.bool).copy_(torch.empty(5))],
     lambda: torch.empty(3).nonzero(),
-], ids=["mask of floats", "index", "truth", "written integers", "nonzero"])
+], ids=["mask of floats", "index", "truth", "written integers", "written mask", "index by a written mask", "nonzero"])
 def test_what_needs_values_is_refused(program):
     with pytest.raises(Fault) as caught:
         record(program)
