@@ -46,6 +46,8 @@ test-frameworks: setup frameworks
 
 bench: setup
 	$(VENV)/bin/python bench/run.py
+	$(VENV)/bin/python bench/capture_rate.py
+	$(VENV)/bin/python bench/obligations.py
 
 # What the reports on the bug corpus get right, by class, and false alarms on correct programs (an hour or two).
 bench-bugs: setup
