@@ -126,8 +126,8 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
         for candidate in maker.candidates(cause, probes.candidates(cause) if probes is not None else ()):
             likely.setdefault(i, candidate)
             both = edit.joined(candidate.edit)
-            if both is None or job.trials >= MOST_TRIALS:
-                continue
+            if both is None or job.trials >= MOST_TRIALS * (i + 1) // len(job.told.causes):
+                continue                      # the next finding may be the one that a repair is found for
             edited = applied(job.parallel, both)
             tried = _tried(job, edited, step, updates_later)
             if tried is None or (still := tried.still_wrong(first)) & early or tried.still_wrong(sound):
