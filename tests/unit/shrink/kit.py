@@ -19,6 +19,6 @@ def captured(reference: Callable, parallel: Callable, ranks: int) -> tuple[Progr
     return found.reference, found.parallel
 
 
-def verified(reference: Callable, parallel: Callable, ranks: int, reduce: bool = True, cross_check: bool = False) -> Report:
-    options = Options(ranks=ranks, steps=1, jobs=1, repair=False, reduce=reduce, cross_check=cross_check)
+def verified(reference: Callable, parallel: Callable, ranks: int, reduce: bool = True, cross_check: bool = False, full_size: bool = False) -> Report:
+    options = Options(ranks=ranks, steps=1, jobs=1, repair=False, reduce=reduce, cross_check=cross_check, full_size=full_size)
     return _verify(lambda: spec_of(reference, parallel, ranks, ()), options, quiet, "")

@@ -123,16 +123,19 @@ def test_templates_make_what_rewriting_makes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_way_to_the_mean_is_proved():
-    report = verified(*spec(4, wrong=2), 1)
+@pytest.mark.parametrize("full_size", [False, True])
+def test_another_way_to_the_mean_is_proved(full_size):
+    report = verified(*spec(4, wrong=2), 1, full_size=full_size)
     assert report.verdict == "PROVED", report.diagnostics
+    assert any(c.reduced < c.size for c in report.reduction.classes)
 
 
 @pytest.mark.slow
-def test_a_bug_in_one_layer_is_found(monkeypatch):
+@pytest.mark.parametrize("full_size", [False, True])
+def test_a_bug_in_one_layer_is_found(monkeypatch, full_size):
     monkeypatch.setattr(Deep, "forward", _buggy)
-    report = verified(*spec(5, wrong=3), 1)
-    assert report.verdict == "REFUTED"
+    report = verified(*spec(5, wrong=3), 1, full_size=full_size)
+    assert report.verdict == "REFUTED", report.diagnostics
 
 
 def _buggy(self, x):
