@@ -82,8 +82,7 @@ def repaired(job: Job) -> list[Finding]:
         keys = concerned[i]
         if not broken & keys and broken <= before:
             n = len(keys & proved)
-            told = _told(job, i, candidate) if n == len(keys) else out[i]
-            out[i] = msgspec.structs.replace(told, repair=Repair(candidate.text, n == len(keys), n, len(keys)))
+            out[i] = msgspec.structs.replace(_told(job, i, candidate), repair=Repair(candidate.text, n == len(keys), n, len(keys)))
     return out
 
 
