@@ -63,7 +63,8 @@ class EarlySymbols:
     def check(self) -> None:
         """Nothing may have been written over a symbol."""
         with unseen():
-            changed = [name for name, whole in self.made if not whole.is_meta and contents(whole).tobytes() != self.symbols.recorder.blobs[f"symbol.{name}"].tobytes()]
+            blobs = self.symbols.recorder.blobs
+            changed = [name for name, whole in self.made if not whole.is_meta and contents(whole).tobytes() != blobs[f"symbol.{name}"].tobytes()]
         if changed:
             raise Fault(Diagnostic("SPEC010", f"reference() gave {changed[0]} its values at another place when it ran again",
                                    fix="Let reference() do the same whenever it runs: seed every random generator in it."))

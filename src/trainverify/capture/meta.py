@@ -93,7 +93,8 @@ class MetaFloats:
     def _remember(self, made: Any, values: Any) -> None:
         for t, v in zip(_tensors((made,), {}), _tensors((values,), {})):
             if t.is_meta and _is_float(t) and t.numel() * t.element_size() == t.untyped_storage().nbytes() and t.dtype == v.dtype:
-                self._known[t.untyped_storage()._cdata] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CPU).copy_(v).as_strided((t.numel(),), (1,))
+                held = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CPU).copy_(v)
+                self._known[t.untyped_storage()._cdata] = held.as_strided((t.numel(),), (1,))
 
     def _from_known(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
         """A call on meta; for real too, where the values of all its arguments are known."""
@@ -316,8 +317,8 @@ def _attention(patches: Patches) -> None:
 
 # ---- what is said
 
-COVERED = ("captured at full size, where floats have no values: digests of bytes, hidden writes (numpy, C++) and floats that come back from Python untracked are "
-           "checked by the run at small sizes alone (`trainverify verify {}` without --full-size, in a case with small sizes)")
+COVERED = ("captured at full size, where floats have no values: digests of bytes, hidden writes (numpy, C++) and floats that come back from Python "
+           "untracked are checked by the run at small sizes alone (`trainverify verify {}` without --full-size, in a case with small sizes)")
 ESCAPED = "a float left for Python here; that it does not come back untracked is seen at small sizes only"
 
 
@@ -326,7 +327,8 @@ class SizesOnly(Reference):
 
     def checkpoint(self) -> str:
         raise Fault(Diagnostic("META003", "ref.checkpoint() was called, and at full size there is none: floats have no bytes",
-                               fix="Take the weights from ref.weights, by copies of their parts; or load nothing: parameters then hold the reference's of their names."))
+                               fix="Take the weights from ref.weights, by copies of their parts; or load nothing: parameters then hold the "
+                                   "reference's of their names."))
 
 
 def refusal(name: str, why: str, span: Any, rank: int) -> Diagnostic:
