@@ -383,8 +383,10 @@ def check_sizes(classes: Classes, integers: Integers) -> None:
     """How many elements floats choose must not be a size."""
     for ranks in integers.ranks.values():
         for rank in ranks:
-            for call in rank.layout.repeats.distinct():
-                if base(call.name) in COUNTED and (any(is_float(r) for r in reads(call)) or rank.marks[call.index] & TAINTED):
+            repeats = rank.layout.repeats
+            counted = {number for number in set(repeats.form) if base(repeats.forms[number].call.name) in COUNTED}
+            for call, number in zip(rank.layout.trace.ops, repeats.form):
+                if number in counted and (repeats.forms[number].reads_floats or rank.marks[call.index] & TAINTED):
                     raise refusal("SHAPE003", f"{call.name}: how many elements there are depends on floats, so the sizes after it are not known at other sizes",
                                   "verify without --reduce, or give the routing as data", rank.layout.span(call))
 
