@@ -38,9 +38,11 @@ class Field(Order, Roots, Powers):
 
     name = "field"
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, constants: Constants | None = None):
+        """constants: those of another field, which says when the parallel side begins (default: its own)."""
         self.seed = seed
-        self.constants = Constants(seed)
+        self._shares = constants is not None
+        self.constants = constants or Constants(seed)
         self.maxsets = MaxSets(primes.key(seed, "maxsets"))
         self.compared = 0                     # elements compared by `equal`
         self._parallel = False
@@ -60,7 +62,8 @@ class Field(Order, Roots, Powers):
             raise ValueError(f"cannot begin side {side!r} now")
         if side == "parallel" and not self._parallel:
             self._parallel = True
-            self.constants.begin_parallel()
+            if not self._shares:
+                self.constants.begin_parallel()
 
     def at(self, rank: int, index: int, span: int, phase: str = "") -> None:
         """The replay's current place (rank, call, span), which roundings of constants note, and what the program does there."""

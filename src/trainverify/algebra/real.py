@@ -118,6 +118,10 @@ class Real:
     def erf(self, a):
         return RealValue(a.t.erf())
 
+    def knows(self, tag: str) -> bool:
+        """Whether `opaque` can evaluate this function."""
+        return tag in self._functions
+
     def opaque(self, tag: str, *args):
         if tag not in self._functions:
             raise LookupError(f"no float64 function for the uninterpreted tag {tag!r}")

@@ -11,7 +11,7 @@ import torch
 
 from trainverify.diagnose.trial import Trial, decisions_of, fall_alike
 from trainverify.engine.analysis import Analysis
-from trainverify.engine.prove import Lineages
+from trainverify.engine.proof import Lineages
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Compared, Comparison, Key
 from trainverify.relate.symbols import Binder

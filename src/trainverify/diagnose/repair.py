@@ -19,7 +19,8 @@ from trainverify.diagnostics import Fault
 from trainverify.diagnose.probe import PROBE, Probes
 from trainverify.diagnose.trial import needed
 from trainverify.engine.analysis import Analysis
-from trainverify.engine.prove import Lineages, prove_programs
+from trainverify.engine.proof import Lineages
+from trainverify.engine.prove import prove_programs
 from trainverify.engine.verdict import BLOCKING
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Comparison, Key

@@ -16,7 +16,7 @@ from trainverify.diagnose.mutate import Mutation, Mutator
 from trainverify.diagnose.repair import CANNOT_RUN
 from trainverify.diagnose.trial import until
 from trainverify.engine.analysis import Analysis
-from trainverify.engine.prove import Lineages
+from trainverify.engine.proof import Lineages
 from trainverify.engine.verdict import ROUNDED
 from trainverify.ir.check import problems
 from trainverify.ir.trace import OpCall, Program, TensorRef

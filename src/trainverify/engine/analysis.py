@@ -1,6 +1,7 @@
 """Replay both programs, compare, and judge: from two captured programs to verdicts per output (the verdict rules are trusted)."""
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from trainverify.diagnostics import Diagnostic
 from trainverify.engine.beside import Beside, Lost
 from trainverify.engine.facts import Facts
 from trainverify.engine.inputs import elsewhere
-from trainverify.engine.prove import Lineages, Proof, prove_programs
+from trainverify.engine.contracts import prove_by_contracts
+from trainverify.engine.proof import Lineages, Proof
+from trainverify.engine.prove import prove_programs
 from trainverify.engine.verdict import BLOCKING, Judgement, at_other_inputs, judge
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
@@ -27,6 +30,7 @@ from trainverify.replay.run import World, replay
 from trainverify.report.model import Phase
 
 
+DEEP = 20_000                                 # calls; smaller programs repeat too little for contracts to pay
 WORTH_A_PROCESS = 1000                        # calls; a smaller proof takes less time than to start one
 
 
@@ -118,7 +122,9 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     def prove(told: Callable[[], Lineages], report: Callable) -> Proof:
         if not proofs:
             return Proof()
-        return prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, told)
+        held = functools.cache(told)
+        by_contracts = prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, held) if calls > DEEP else None
+        return by_contracts or prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, held)
     calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
     beside = Beside(prove) if proofs and jobs > 1 and calls > WORTH_A_PROCESS else None
     try:

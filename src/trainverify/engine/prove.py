@@ -7,70 +7,24 @@ recorded inputs (else the theorem would say nothing). Not trusted: which equalit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from trainverify.algebra.base import Complex
 from trainverify.algebra.field import Field
 from trainverify.algebra.terms import Terms
 from trainverify.diagnostics import Diagnostic
-from trainverify.ir.trace import OpCall, Program, TensorRef
+from trainverify.engine.proof import Lineages, Proof, Vacuity, is_proved
+from trainverify.ir.trace import Program
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import GARBAGE, Store
-from trainverify.kernel.terms import Obligation
 from trainverify.ops.table import OpTable
 from trainverify.relate.choices import undecided
-from trainverify.relate.compare import Comparison, Key, Lineage
+from trainverify.relate.compare import Comparison, Key
 from trainverify.relate.decisions import is_accepted, words_of
 from trainverify.relate.guess import Dictionary, likely_factors
 from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.machine import Hooks, Machine
+from trainverify.replay.machine import Hooks
 from trainverify.replay.run import World, replay
-
-
-@dataclass(slots=True)
-class Proof:
-    """What was proved: outputs of the reference of which every element that a rank holds is; why not, for the others.
-
-    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); accepted: places of
-    decisions that do not follow and that the user takes as matched (an assumption of the proof); counts: of the work; obligations:
-    the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
-    """
-
-    proved: frozenset[Key] = frozenset()
-    reasons: dict[Key, str] = field(default_factory=dict)
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    accepted: tuple[str, ...] = ()
-    counts: dict[str, int] = field(default_factory=dict)
-    obligations: list[Obligation] = field(default_factory=list)
-    failures: list[tuple[Obligation, str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Lineages:
-    """Which symbols parameters hold, as the comparison in the field found (to be confirmed by identifiers)."""
-
-    ref_lineage: dict[tuple[int, str, str], Lineage]
-    lineage: dict[tuple[int, str, str], Lineage]
-
-
-class Vacuity:
-    """Whether the reference is defined at the recorded inputs: what the store takes for a number is no NaN and no infinity there."""
-
-    def __init__(self) -> None:
-        self.found: list[Diagnostic] = []
-
-    def value(self, machine: Machine, m: Terms, call: OpCall, k: int, ref: TensorRef) -> None:
-        native = machine.native.tensor(ref)
-        if self.found or native.is_complex() or bool(torch.isfinite(native).all()):
-            return
-        ids = m.ids(machine.value(m, ref))[~torch.isfinite(native)].numpy()
-        if m.nodes.clean[ids].any():
-            self.found.append(Diagnostic(
-                "REL016", f"{call.name} of the reference gives what is no finite number at the recorded inputs: a proof would say nothing",
-                "warning", machine.span(call), (machine.rank,), fix="give the reference inputs at which it is defined"))
 
 
 def prove_programs(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...],
@@ -89,18 +43,12 @@ def prove_programs(reference: Program, parallel: Program, table: OpTable, symbol
     comparison.run()
     unmatched, accepted = _undecided(*worlds, terms, accept)
     diagnostics = [*vacuity.found, *unmatched]
-    proved = frozenset(key for key in comparison.compared if _is_proved(comparison, key))
+    proved = frozenset(key for key in comparison.compared if is_proved(comparison, key))
     places = Places(terms, reference, parallel)
     reasons = {key: places.reason(comparison, key) for key in comparison.compared if key not in proved}
     counts = {**claims.counts, "identifiers": claims.store.n, "failures": len(claims.failures)}
     failures = [(f.obligation, places.words(f.origin, f.parallel), f.reason) for f in claims.failures if f.obligation is not None]
     return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, accepted, counts, [p.obligation for p in claims.proofs.values()], failures)
-
-
-def _is_proved(comparison: Comparison, key: Key) -> bool:
-    """Whether every element that a rank holds is proved, and every element is held."""
-    c = comparison.compared[key]
-    return bool(c.pieces) and not c.missing and not c.problems and all(bool(p.equal["terms"].all()) for p in c.pieces)
 
 
 def _undecided(reference: World, parallel: World, terms: Terms, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:

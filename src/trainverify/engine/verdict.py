@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trainverify.diagnostics import Diagnostic
-from trainverify.engine.prove import Proof
+from trainverify.engine.proof import Proof
 from trainverify.relate.compare import Compared, Piece
 
 EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with rounded constants

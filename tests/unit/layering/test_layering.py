@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[3] / "src" / "trainverify"
 
 # Lower layers first; a layer may import from those before it. algebra/base.py is the interface that rows are written in, so it stands below ops.
-LAYERS = ("diagnostics", "report.model", "ir", "algebra.base", "ops", "algebra", "replay", "relate", "engine", "diagnose", "report", "verify", "cli")
+LAYERS = ("diagnostics", "report.model", "ir", "algebra.base", "ops", "algebra", "replay", "relate", "contracts", "engine", "diagnose", "report", "verify", "cli")
 ALONGSIDE = {
     "capture": {"diagnostics", "ir", "ops", "api", "processes", "adapters"},
     "adapters": {"diagnostics", "ir"},
@@ -21,7 +21,7 @@ ALONGSIDE = {
     "cli": {*LAYERS, "arguments", "progress", "processes", "explain", "optable", "config", "cases", "certify"},
     "arguments": {"report", "adapters"},
     "config": {"diagnostics"}, "cases": {"processes", "verify", "capture", "progress", "engine", "report", "report.model", "diagnostics"},
-    "verify": {"capture", "api", "certify", "cache", "shrink"}, "algebra": {"kernel"}, "relate": {"kernel"}, "engine": {"kernel", "processes"}, "report": {"explain"},
+    "verify": {"capture", "api", "certify", "cache", "shrink"}, "algebra": {"kernel"}, "relate": {"kernel"}, "contracts": {"kernel"}, "engine": {"kernel", "processes"}, "report": {"explain"},
     "__main__": {"cli"}, "__init__": {"api", "verify", "testing"},
     "cache": {"diagnostics", "ir", "engine", "report", "report.model"},
     "testing": {"verify", "cases", "engine", "report", "report.model"}, "pytest_plugin": {"testing", "cases", "diagnostics", "report"},

@@ -1,0 +1,305 @@
+"""Theorems: what an open block equals, for all values of its leaves; each is proved once per form (trusted).
+
+Candidates are the reference's blocks that can be computed from the leaves alone. They and the open block's expression are evaluated in the
+kernel's terms over fresh symbols; the kernel merges what it proves. A theorem lists the reference's operations that it speaks of. It holds for
+another block of the same form if the reference did the same operations on that block's leaves, which is looked up.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from trainverify.algebra.real import Real, RealValue
+from trainverify.algebra.terms import Terms, TermValue
+from trainverify.contracts.evaluate import Evaluator, prints_of
+from trainverify.contracts.graph import Graph
+from trainverify.contracts.patterns import CONSTANT, I32, I64, Blocks, Pattern
+from trainverify.kernel.store import ZERO_ID
+
+DEPTH, NEAR, HOLDERS = 40, 6, 64                       # operations between leaves and what a block may be; blocks that hold one number
+SAME, SMALL = 1e-10, 1e-6                     # relative: numbers that may be equal; elements that are too small to tell anything
+SAMPLE = 32                                   # elements that are looked for before all are
+EFFORT = 8_000                               # operations evaluated for all theorems: a program that needs more does not repeat itself
+VARIANTS = 3                                  # theorems of one form: the reference may do different things with such leaves
+
+
+class TooMuch(Exception):
+    """Theorems cost more than they spare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Theorem:
+    """others: how many blocks of the reference besides the leaves it speaks of; it holds for all values of those, too. steps: operations of the
+    reference on leaves, others and earlier steps (counted through). same: leaves that are such a step's result. The block's elements are factor *
+    pattern over leaves, others and steps; but for those at `open`, of which it says nothing."""
+
+    others: int
+    steps: tuple[tuple[int, Blocks], ...]
+    same: tuple[tuple[int, int], ...]
+    pattern: Pattern
+    used: Blocks
+    factor: Fraction
+    open: np.ndarray | None
+
+
+class Theorems:
+    def __init__(self, graph: Graph, evaluator: Evaluator, real: Real, symbols: Sequence[RealValue]):
+        """real: float64; symbols: the recorded values of the first blocks, flat."""
+        self._graph, self._evaluator, self._real = graph, evaluator, real
+        self._numbers: dict[int, RealValue] = dict(enumerate(symbols))
+        self._order: tuple[np.ndarray, np.ndarray] | None = None
+        self._of_form: dict[int, list[Theorem | None]] = {}
+        self.counts = {"forms": 0, "theorems": 0, "applied": 0, "evaluated": 0}
+
+    def about(self, block: int) -> tuple[Theorem, Blocks] | None:
+        """A theorem on an open block, and the blocks that its pattern is over."""
+        form, leaves = self._graph.form(block)
+        known = self._of_form.setdefault(form, [])
+        for theorem in known:
+            if theorem is None:
+                return None
+            found = self._applied(theorem, block, leaves)
+            if found is not None:
+                return found
+        if len(known) >= VARIANTS:
+            return None
+        self.counts["forms"] += not known
+        theorem = self._prove(block, leaves)
+        known.append(theorem)
+        self.counts["theorems"] += theorem is not None
+        return None if theorem is None else self._applied(theorem, block, leaves)
+
+    def _applied(self, theorem: Theorem, block: int, leaves: Blocks) -> tuple[Theorem, Blocks] | None:
+        blocks: list[int | None] = [*leaves, *[None] * theorem.others]
+        for signature, refs in theorem.steps:
+            b = self._done(signature, [blocks[r] for r in refs])
+            if b is None:
+                return None
+            for r, x in zip(refs, self._graph.operands[b]):
+                blocks[r] = x
+            blocks.append(b)
+        if any(blocks[leaf] != blocks[step] for leaf, step in theorem.same):
+            return None
+        self.counts["applied"] += 1
+        return theorem, tuple([blocks[u] for u in theorem.used])
+
+    def _done(self, signature: int, operands: list[int | None]) -> int | None:
+        """The reference's block of an operation on these operands; None stands for any."""
+        g = self._graph
+        if None not in operands:
+            b = g.find(signature, tuple(operands))
+            return b if b is not None and g.of_reference[b] else None
+        known = [x for x in operands if x is not None]
+        for b in g.users[known[0]] if known else ():
+            if g.signature[b] == signature and all(x is None or x == y for x, y in zip(operands, g.operands[b])):
+                return b
+        return None
+
+    # ---- proving
+    def _prove(self, block: int, leaves: Blocks) -> Theorem | None:
+        best, most = None, 0
+        for factor, likely in self._likely(block, leaves):
+            needed = sorted(likely)           # the theorem speaks of nothing else of the reference
+            others = tuple(sorted({x for b in needed for x in self._graph.operands[b]} - likely - set(leaves)))
+            slot, place, hit = self._attempt(block, (*leaves, *others), needed, factor)
+            count = int((slot != CONSTANT).sum())
+            if hit.all() or count > most:
+                number = {b: i for i, b in enumerate((*leaves, *others, *needed))}
+                steps = tuple((self._graph.signature[b], tuple([number[x] for x in self._graph.operands[b]])) for b in needed)
+                pattern, used = self._evaluator.patterns.make((len(slot),), slot, place)
+                same = tuple((leaves.index(b), number[b]) for b in needed if b in leaves)
+                best, most = Theorem(len(others), steps, same, pattern, used, factor, None if hit.all() else np.flatnonzero(~hit)), count
+            if hit.all():
+                break
+        return best
+
+    # ---- guesses
+    def _likely(self, block: int, leaves: Blocks) -> Iterable[tuple[Fraction, set[int]]]:
+        """Factors, and blocks of the reference that the block may consist of with all that they are computed from, by the recorded numbers."""
+        mine = self._number_of(block)
+        mine = mine[np.isfinite(mine)]
+        size = float(np.abs(mine).max(initial=0.0))
+        if not size:
+            return
+        some = mine[np.abs(mine) > SMALL * size]
+        sample = some[np.unique(np.linspace(0, len(some) - 1, SAMPLE).astype(I64))]
+        below: dict[int, set[int] | None] = dict.fromkeys(leaves, set())
+        for factor in (Fraction(1), *self._evaluator.factors):
+            found = self._among(sample / float(factor))
+            if not found.any():
+                continue
+            hit, likely = self._holders(some / float(factor), dict(below))
+            if not hit.all():                 # elements that do not depend on all operands
+                more, others = self._holders(some[~hit] / float(factor), dict.fromkeys((*leaves, *likely), set()), loosely=True)
+                hit[~hit] = more
+                likely |= others
+            for b in sorted(likely & set(leaves)):        # what a leaf is, as far as other leaves say
+                above = {x: parts for x, parts in below.items() if x != b and parts is not None and b not in parts}
+                parts = self._computed(b, dict(above), DEPTH, False) or self._computed(b, dict(above), NEAR, True)
+                likely = likely | parts if parts else likely - {b}
+            if hit.any():
+                yield factor, likely
+
+    def _holders(self, wanted: np.ndarray, below: dict[int, set[int] | None], loosely: bool = False) -> tuple[np.ndarray, set[int]]:
+        """Which numbers blocks hold that can be computed from what `below` has, and those blocks with all that they are computed from.
+        loosely: some of their operands are enough."""
+        low, high = self._range(wanted)
+        owners = self._sorted()[1]
+        hit, out, chosen = np.zeros(len(wanted), bool), set(), set()
+        for i in np.flatnonzero(high > low).tolist():
+            holders = dict.fromkeys(owners[low[i]:min(high[i], low[i] + HOLDERS)].tolist())
+            if not chosen.isdisjoint(holders):
+                hit[i] = True
+                continue
+            for b in holders:
+                is_leaf = below.get(b) == set()
+                parts = {b} if is_leaf else self._computed(b, below, NEAR if loosely else DEPTH, loosely)
+                if parts is not None:
+                    hit[i] = True
+                    chosen.add(b)
+                    out |= parts
+                    break
+        return hit, out
+
+    def _range(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the reference's numbers the wanted ones are."""
+        numbers, room = self._sorted()[0], SAME * np.abs(wanted)
+        return np.searchsorted(numbers, wanted - room), np.searchsorted(numbers, wanted + room)
+
+    def _among(self, wanted: np.ndarray) -> np.ndarray:
+        low, high = self._range(wanted)
+        return high > low
+
+    def _computed(self, block: int, below: dict[int, set[int] | None], depth: int, loosely: bool) -> set[int] | None:
+        """The block with all that it is computed from, down to the leaves; None: not from the leaves alone (loosely: not at all), or by a long way."""
+        if block in below:
+            return below[block]
+        operands = self._graph.operands[block]
+        if not operands or not depth:
+            return None                       # not remembered: another way may be shorter
+        parts, some = {block}, False
+        for x in operands:
+            more = self._computed(x, below, depth - 1, loosely)
+            if more is not None:
+                parts |= more
+                some = True
+            elif not loosely:
+                return None
+        if not some:
+            return None
+        below[block] = parts
+        return parts
+
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """All numbers of the reference in order, and their blocks."""
+        if self._order is None:
+            g = self._graph
+            held = [b for b in range(len(g.signature)) if g.of_reference[b]]
+            numbers = np.concatenate([self._number_of(b) for b in held] or [np.zeros(0)])
+            owners = np.repeat(np.array(held, np.int32), [g.size[b] for b in held])
+            keep = np.isfinite(numbers) & (numbers != 0)
+            numbers, owners = numbers[keep], owners[keep]
+            order = np.argsort(numbers, kind="stable")
+            self._order = numbers[order], owners[order]
+        return self._order
+
+    def _number_of(self, block: int) -> np.ndarray:
+        """The block's elements at the recorded inputs, in float64."""
+        todo, g = [block], self._graph
+        while todo:
+            b = todo[-1]
+            missing = [x for x in g.operands[b] if x not in self._numbers]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            if b not in self._numbers:
+                self._numbers[b] = self._evaluated_in_float64(b)
+        return self._numbers[block].t.numpy()
+
+    def _evaluated_in_float64(self, block: int) -> RealValue:
+        s = self._graph.signatures[self._graph.signature[block]]
+        if s.name == "opaque" and not self._real.knows(s.attr):
+            return RealValue(torch.full((self._graph.size[block],), math.nan, dtype=torch.float64))     # nothing is guessed of it
+        value = self._evaluator.apply(self._real, s, [self._numbers[x] for x in self._graph.operands[block]])
+        return self._real.reshape(value, (self._graph.size[block],))
+
+    def _attempt(self, block: int, leaves: Blocks, candidates: list[int], factor: Fraction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per element of the block: the leaf or candidate (counted through) and place that it is proved to be, times the factor, and whether any is."""
+        g, ev = self._graph, self._evaluator
+        m = ev.proving()
+        values = self._reference(m, leaves, candidates)
+        ev.store.parallel = True
+        m.begin_side("parallel")
+        mine = m.ids(self._expression(m, block, values)).reshape(-1).numpy()
+        ids = np.concatenate([m.ids(values[b]).numpy() for b in (*leaves, *candidates)] or [np.zeros(0, I64)])
+        owner = np.repeat(np.arange(len(leaves) + len(candidates)), [g.size[b] for b in (*leaves, *candidates)])
+        places = np.concatenate([np.arange(g.size[b]) for b in (*leaves, *candidates)] or [np.zeros(0, I64)])
+        known, first = np.unique(ids, return_index=True)
+        whole = np.ones(len(mine), bool)
+        if factor != 1:
+            mine, whole = self._divided(mine, factor)
+        slot, place = np.full(len(mine), CONSTANT, I32), np.zeros(len(mine), I64)     # the bits of 0 are 0
+        at = np.minimum(np.searchsorted(known, mine), max(len(known) - 1, 0))
+        hit = (known[at] == mine) & ev.store.clean[mine] & whole if len(known) else np.zeros(len(mine), bool)
+        slot[hit], place[hit] = owner[first[at[hit]]], places[first[at[hit]]]
+        fixed, held = ev.places(mine)
+        fixed &= whole
+        slot[fixed], place[fixed] = CONSTANT, held[fixed]
+        return slot, place, hit | fixed
+
+    def _divided(self, ids: np.ndarray, factor: Fraction) -> tuple[np.ndarray, np.ndarray]:
+        """What the identifiers are the factor times of, and where that is seen."""
+        store = self._evaluator.store
+        out, seen = np.full(len(ids), ZERO_ID, I64), ids == ZERO_ID
+        for code in np.unique(store.code[ids]).tolist():
+            at = np.flatnonzero(store.code[ids] == code)
+            if store.ops[code][0] == ("neg", None) and factor == -1:
+                out[at], seen[at] = store.definition(ids[at], code)[:, 0], True
+            elif store.ops[code][0] == ("mul", None):
+                rows = store.definition(ids[at], code)
+                is_factor = rows == store.constant(factor)
+                some = is_factor.any(1)
+                out[at[some]], seen[at[some]] = np.where(is_factor[some, 0], rows[some, 1], rows[some, 0]), True
+        return out, seen
+
+    def _reference(self, m: Terms, leaves: Blocks, candidates: list[int]) -> dict[int, TermValue]:
+        """Flat values of the leaves (fresh symbols) and of what the reference computes from them."""
+        g, ev = self._graph, self._evaluator
+        ev.store.parallel = False
+        free = [b for b in leaves if b not in set(candidates)]
+        symbols = ev.fresh(m, [g.size[b] for b in free])[1]
+        for v in symbols:
+            m.claims.guesses.learn(prints_of(m, v), v.ids.numpy())
+        values = dict(zip(free, symbols))
+        for b in candidates:
+            values[b] = self._evaluated(m, b, values)
+        return values
+
+    def _expression(self, m: Terms, block: int, values: dict[int, TermValue]) -> TermValue:
+        """The value of an open block from its leaves."""
+        todo = [block]
+        while todo:
+            b = todo[-1]
+            missing = [x for x in self._graph.operands[b] if x not in values]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            if b not in values:
+                values[b] = self._evaluated(m, b, values)
+        return values[block]
+
+    def _evaluated(self, m: Terms, b: int, values: dict[int, TermValue]) -> TermValue:
+        g = self._graph
+        s = g.signatures[g.signature[b]]
+        self.counts["evaluated"] += 1
+        if self.counts["evaluated"] > EFFORT:
+            raise TooMuch
+        return m.reshape(self._evaluator.apply(m, s, [values[x] for x in g.operands[b]]), (g.size[b],))
+

@@ -1,0 +1,61 @@
+"""What a proof is, and when the reference lets one say something (trusted)."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from trainverify.diagnostics import Diagnostic
+from trainverify.ir.trace import OpCall, TensorRef
+from trainverify.kernel.terms import Obligation
+from trainverify.relate.compare import Comparison, Key, Lineage
+from trainverify.replay.machine import Machine
+
+
+@dataclass(slots=True)
+class Proof:
+    """What was proved: outputs of the reference of which every element that a rank holds is; why not, for the others.
+
+    diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); accepted: places of
+    decisions that do not follow and that the user takes as matched (an assumption of the proof); counts: of the work; obligations:
+    the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
+    """
+
+    proved: frozenset[Key] = frozenset()
+    reasons: dict[Key, str] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    accepted: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    obligations: list[Obligation] = field(default_factory=list)
+    failures: list[tuple[Obligation, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Lineages:
+    """Which symbols parameters hold, as the comparison in the field found (to be confirmed by identifiers)."""
+
+    ref_lineage: dict[tuple[int, str, str], Lineage]
+    lineage: dict[tuple[int, str, str], Lineage]
+
+
+class Vacuity:
+    """Whether the reference is defined at the recorded inputs: what the store takes for a number is no NaN and no infinity there."""
+
+    def __init__(self) -> None:
+        self.found: list[Diagnostic] = []
+
+    def value(self, machine: Machine, m, call: OpCall, k: int, ref: TensorRef) -> None:
+        native = machine.native.tensor(ref)
+        if self.found or native.is_complex() or bool(torch.isfinite(native).all()):
+            return
+        ids = m.ids(machine.value(m, ref))[~torch.isfinite(native)].numpy()
+        if m.nodes.clean[ids].any():
+            self.found.append(Diagnostic(
+                "REL016", f"{call.name} of the reference gives what is no finite number at the recorded inputs: a proof would say nothing",
+                "warning", machine.span(call), (machine.rank,), fix="give the reference inputs at which it is defined"))
+
+
+def is_proved(comparison: Comparison, key: Key) -> bool:
+    """Whether every element that a rank holds is proved, and every element is held."""
+    c = comparison.compared[key]
+    return bool(c.pieces) and not c.missing and not c.problems and all(bool(p.equal["terms"].all()) for p in c.pieces)
