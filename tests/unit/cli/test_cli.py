@@ -171,8 +171,8 @@ def test_what_cannot_be_written_or_read_is_told_before_anything_runs(engine, cap
 
 @pytest.mark.parametrize(("argv", "told"), [
     ("verify spec.py --dry-run --certificate c", "--certificate needs a comparison"), ("verify spec.py --dry-run --dump-unknown d", "--dump-unknown needs a comparison"),
-    ("verify spec.py --dry-run --self-test", "--self-test needs a comparison"), ("verify spec.py --all-cases --self-test", "--self-test is for one case"),
-    ("verify --certificate c", "--certificate is for one case"), ("verify spec.py --all-cases --second-opinion z3", "--second-opinion is for one case"),
+    ("verify spec.py --dry-run --self-test", "--self-test needs a comparison"), ("verify spec.py --all-cases --self-test", "--self-test is for one run of one spec"),
+    ("verify --certificate c", "--certificate is for one run of one spec"), ("verify spec.py --all-cases --second-opinion z3", "--second-opinion is for one run of one spec"),
     ("verify traces --ranks 4", "--ranks is for a capture"), ("verify traces --case tp=2", "--case is for a capture"), ("verify traces --steps 1", "--steps is for")])
 def test_options_that_would_do_nothing_are_refused(engine, capsys, argv, told):
     assert cli.main(argv.split()) == 2
