@@ -140,7 +140,7 @@ class Theorems:
                 likely |= others
             for b in sorted(likely & set(leaves)):        # what a leaf is, as far as other leaves say
                 above = {x: parts for x, parts in below.items() if x != b and parts is not None and b not in parts}
-                parts = self._computed(b, dict(above), DEPTH, False) or self._computed(b, dict(above), NEAR, True)
+                parts = self._computed(b, dict(above), DEPTH, False, {}) or self._computed(b, dict(above), NEAR, True, {})
                 likely = likely | parts if parts else likely - {b}
             if hit.any():
                 yield factor, likely
@@ -150,7 +150,7 @@ class Theorems:
         loosely: some of their operands are enough."""
         low, high = self._range(wanted)
         owners = self._sorted()[1]
-        hit, out, chosen = np.zeros(len(wanted), bool), set(), set()
+        hit, out, chosen, failed = np.zeros(len(wanted), bool), set(), set(), {}
         for i in np.flatnonzero(high > low).tolist():
             holders = dict.fromkeys(owners[low[i]:min(high[i], low[i] + HOLDERS)].tolist())
             if not chosen.isdisjoint(holders):
@@ -158,7 +158,7 @@ class Theorems:
                 continue
             for b in holders:
                 is_leaf = below.get(b) == set()
-                parts = {b} if is_leaf else self._computed(b, below, NEAR if loosely else DEPTH, loosely)
+                parts = {b} if is_leaf else self._computed(b, below, NEAR if loosely else DEPTH, loosely, failed)
                 if parts is not None:
                     hit[i] = True
                     chosen.add(b)
@@ -175,22 +175,25 @@ class Theorems:
         low, high = self._range(wanted)
         return high > low
 
-    def _computed(self, block: int, below: dict[int, set[int] | None], depth: int, loosely: bool) -> set[int] | None:
-        """The block with all that it is computed from, down to the leaves; None: not from the leaves alone (loosely: not at all), or by a long way."""
+    def _computed(self, block: int, below: dict[int, set[int] | None], depth: int, loosely: bool, failed: dict[int, int]) -> set[int] | None:
+        """The block with all that it is computed from, down to the leaves; None: not from the leaves alone (loosely: not at all), or by a long way.
+        failed: how deep was looked below blocks for nothing."""
         if block in below:
             return below[block]
         operands = self._graph.operands[block]
-        if not operands or not depth:
-            return None                       # not remembered: another way may be shorter
+        if not operands or depth <= failed.get(block, 0):
+            return None
         parts, some = {block}, False
         for x in operands:
-            more = self._computed(x, below, depth - 1, loosely)
+            more = self._computed(x, below, depth - 1, loosely, failed)
             if more is not None:
                 parts |= more
                 some = True
             elif not loosely:
-                return None
+                some = False
+                break
         if not some:
+            failed[block] = depth
             return None
         below[block] = parts
         return parts
