@@ -69,7 +69,8 @@ class Theorems:
         if len(known) >= VARIANTS:
             return None
         self.counts["forms"] += not known
-        theorem = self._prove(block, leaves)
+        with np.errstate(all="ignore"):       # guesses by numbers that may be too large, or none
+            theorem = self._prove(block, leaves)
         known.append(theorem)
         self.counts["theorems"] += theorem is not None
         return None if theorem is None else self._applied(theorem, block, leaves)
