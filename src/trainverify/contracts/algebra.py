@@ -80,7 +80,6 @@ class Contracts:
         self.evaluator = Evaluator(seed, self.patterns, self.graph, factors)
         self._constants = self.evaluator.constants
         self._results: dict[tuple[int, Blocks], Value] = {}
-        self._resolved: dict[int, Value | None] = {}
         self._firsts = np.array([*firsts, len(values)], I64)
         real = Real(None)
         parts = np.split(values, self._firsts[1:-1]) if len(firsts) else []
@@ -122,7 +121,9 @@ class Contracts:
         out = self.evaluator.outcome(signature, blocks)
         if not out.new:
             return self._made(out.pattern, tuple([blocks[u] for u in out.used]))
-        block = self.graph.add(signature, blocks, out.size, out.clean)
+        block = self.graph.find(signature, blocks)      # a factor's product may be there
+        if block is None:
+            block = self.graph.add(signature, blocks, out.size, out.clean)
         held = (*blocks, block)
         value = Value(out.pattern.shape, out.pattern, tuple([held[u] for u in out.used]))
         if not self.graph.parallel or plainly:
@@ -259,8 +260,9 @@ class Contracts:
         if a.constant is not None and b.constant is not None:
             return self._constant(self._constants.where(mask, a.constant, b.constant))
         shape = broadcast(tuple(mask.shape), a.shape, b.shape)
-        p, q = self.pattern(self.expand(a, shape)), self.pattern(self.expand(b, shape))
-        merged, (mine, theirs) = self.patterns.merge(a.blocks, b.blocks)
+        x, y = self.expand(a, shape), self.expand(b, shape)
+        p, q = self.pattern(x), self.pattern(y)
+        merged, (mine, theirs) = self.patterns.merge(x.blocks, y.blocks)
 
         def make():
             chosen = mask.expand(shape).reshape(-1).numpy()
@@ -397,7 +399,7 @@ class Nodes:
 
     def __init__(self, graph: Graph, meaning: Callable):
         self._graph, self._meaning = graph, meaning
-        self._bases, self._clean = np.zeros(0, I64), np.zeros(0, bool)
+        self._bases, self._clean = np.zeros(0, I64), np.zeros(1, bool)
         self._numbers: dict[int, int] = {}
         self._finite = [False]
         self.constants: dict[int, Fraction] = {}
@@ -418,7 +420,7 @@ class Nodes:
     def clean(self) -> Nodes:
         """Whether elements are defined wherever the reference is: nodes.clean[numbers]."""
         if len(self._bases) < len(self._graph.base):
-            self._bases, self._clean = np.array(self._graph.base, I64), np.array(self._graph.clean, bool)
+            self._bases, self._clean = np.array(self._graph.base, I64), np.array([*self._graph.clean, False], bool)      # the last: no block
         return self
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from trainverify.relate.guess import Dictionary
 
 CONDITIONS = frozenset({"inv", "log", "sqrt"})
 SPECIAL = np.concatenate([bits(torch.tensor([0.0, 1.0, math.inf, -math.inf], dtype=torch.float64)), np.array([UNKNOWN], I64)])
+TINY, HUGE = Fraction(1, 1 << 1000), Fraction(1 << 1000)     # what float64 has with all its bits
 PLAIN = CONDITIONS | {"add", "sub", "mul", "neg", "exp", "sin", "cos", "erf", "matmul", "sum"}
 
 
@@ -87,19 +88,28 @@ class Evaluator:
 
     # ---- constants
     def places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which identifiers are constants, and those's float64 bits."""
+        """Which identifiers are constants that float64 contents stand for, and those's bits."""
         values, inverse = np.unique(ids, return_inverse=True)
         fixed = self.store.is_constant[values] | np.isin(values, (INF_ID, NINF_ID, GARBAGE))
-        held = bits(torch.tensor([self._content(i) for i in values[fixed].tolist()], dtype=torch.float64))
         place = np.zeros(len(values), I64)
-        place[fixed] = held
+        for k in np.flatnonzero(fixed).tolist():
+            content = self._content(int(values[k]))
+            if content is None:
+                fixed[k] = False
+            else:
+                place[k] = bits(torch.tensor([content], dtype=torch.float64))[0]
         inverse = inverse.reshape(-1)
         return fixed[inverse], place[inverse]
 
-    def _content(self, i: int) -> float:
-        if i in self.store.constants:
-            return self.field.const(self.store.constants[i]).num.item()
-        return {INF_ID: math.inf, NINF_ID: -math.inf, GARBAGE: math.nan}[i]
+    def _content(self, i: int) -> float | None:
+        """None: a number whose nearest content means another one."""
+        if i not in self.store.constants:
+            return {INF_ID: math.inf, NINF_ID: -math.inf, GARBAGE: math.nan}[i]
+        exact = self.store.constants[i]
+        if exact and not TINY < abs(exact) < HUGE:
+            return None
+        content = self.field.const(exact).num.item()
+        return content if self.field.constants.meaning(abs(content)) == (abs(exact), 1) else None
 
     # ---- operations
     def operand(self, m: Algebra, p: Pattern, blocks: Sequence[V]) -> V:

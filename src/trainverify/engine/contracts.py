@@ -8,15 +8,13 @@ from collections.abc import Callable
 
 from trainverify.contracts.algebra import Contracts
 from trainverify.contracts.theorems import TooMuch
-from trainverify.engine.proof import Lineages, Proof, Vacuity, is_proved
+from trainverify.engine.proof import Lineages, Proof, is_proved, replayed
 from trainverify.ir.trace import Program
 from trainverify.ops.table import OpTable
 from trainverify.relate.choices import undecided
 from trainverify.relate.compare import Comparison
 from trainverify.relate.guess import likely_factors
-from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.machine import Hooks
-from trainverify.replay.run import replay
+from trainverify.relate.symbols import Symbols
 
 
 def prove_by_contracts(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
@@ -31,12 +29,7 @@ def prove_by_contracts(reference: Program, parallel: Program, table: OpTable, sy
 def _proved(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
             progress: Callable, lineages: Callable[[], Lineages]) -> Proof | None:
     m = Contracts(seed, [b.first for b in symbols.blocks_in_order], symbols.values, likely_factors(parallel))
-    vacuity, worlds = Vacuity(), []
-    for side, program in (("reference", reference), ("parallel", parallel)):
-        m.begin_side(side)
-        binder = Binder(symbols, [m])
-        hooks = Hooks(symbol=binder.symbol, bind=binder.bind, value=vacuity.value if side == "reference" else None)
-        worlds.append(replay(program, [m], table, hooks, lambda f, side=side: progress("prove", side, f)))
+    *worlds, vacuity = replayed(reference, parallel, m, table, symbols, progress)
     comparison = Comparison(symbols, [m], *worlds, lineages())
     comparison.run()
     if vacuity.found or undecided(*worlds, m) or not all(is_proved(comparison, key) for key in comparison.compared):

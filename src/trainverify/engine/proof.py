@@ -1,15 +1,19 @@
 """What a proof is, and when the reference lets one say something (trusted)."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from trainverify.diagnostics import Diagnostic
-from trainverify.ir.trace import OpCall, TensorRef
+from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.kernel.terms import Obligation
+from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Comparison, Key, Lineage
-from trainverify.replay.machine import Machine
+from trainverify.relate.symbols import Binder, Symbols
+from trainverify.replay.machine import Hooks, Machine
+from trainverify.replay.run import World, replay
 
 
 @dataclass(slots=True)
@@ -53,6 +57,17 @@ class Vacuity:
             self.found.append(Diagnostic(
                 "REL016", f"{call.name} of the reference gives what is no finite number at the recorded inputs: a proof would say nothing",
                 "warning", machine.span(call), (machine.rank,), fix="give the reference inputs at which it is defined"))
+
+
+def replayed(reference: Program, parallel: Program, m, table: OpTable, symbols: Symbols, progress: Callable) -> tuple[World, World, Vacuity]:
+    """Both sides in the algebra of a proof, the reference first, and what says whether it is defined."""
+    vacuity, worlds = Vacuity(), []
+    for side, program in (("reference", reference), ("parallel", parallel)):
+        m.begin_side(side)
+        binder = Binder(symbols, [m])
+        hooks = Hooks(symbol=binder.symbol, bind=binder.bind, value=vacuity.value if side == "reference" else None)
+        worlds.append(replay(program, [m], table, hooks, lambda f, side=side: progress("prove", side, f)))
+    return worlds[0], worlds[1], vacuity
 
 
 def is_proved(comparison: Comparison, key: Key) -> bool:

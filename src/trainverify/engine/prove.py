@@ -13,7 +13,7 @@ import numpy as np
 from trainverify.algebra.field import Field
 from trainverify.algebra.terms import Terms
 from trainverify.diagnostics import Diagnostic
-from trainverify.engine.proof import Lineages, Proof, Vacuity, is_proved
+from trainverify.engine.proof import Lineages, Proof, is_proved, replayed
 from trainverify.ir.trace import Program
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import GARBAGE, Store
@@ -22,9 +22,8 @@ from trainverify.relate.choices import undecided
 from trainverify.relate.compare import Comparison, Key
 from trainverify.relate.decisions import is_accepted, words_of
 from trainverify.relate.guess import Dictionary, likely_factors
-from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.machine import Hooks
-from trainverify.replay.run import World, replay
+from trainverify.relate.symbols import Symbols
+from trainverify.replay.run import World
 
 
 def prove_programs(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...],
@@ -33,12 +32,7 @@ def prove_programs(reference: Program, parallel: Program, table: OpTable, symbol
     store = Store()
     claims = Claims(store, Dictionary(store, likely_factors(parallel)))
     terms = Terms(Field(seed), claims, symbols.total)
-    vacuity, worlds = Vacuity(), []
-    for side, program in (("reference", reference), ("parallel", parallel)):
-        terms.begin_side(side)
-        binder = Binder(symbols, [terms])
-        hooks = Hooks(symbol=binder.symbol, bind=binder.bind, value=vacuity.value if side == "reference" else None)
-        worlds.append(replay(program, [terms], table, hooks, lambda f, side=side: progress("prove", side, f)))
+    *worlds, vacuity = replayed(reference, parallel, terms, table, symbols, progress)
     comparison = Comparison(symbols, [terms], *worlds, lineages())
     comparison.run()
     unmatched, accepted = _undecided(*worlds, terms, accept)

@@ -201,3 +201,31 @@ def test_patterns_move_as_tensors_do():
     both, used = patterns.make((3,), np.array([5, CONSTANT, 2]), np.array([0, 0, 7]))
     assert both.slots == 2 and used == (5, 2) and both.slot.tolist() == [0, CONSTANT, 1]
     assert patterns.make((3,), np.array([9, CONSTANT, 4]), np.array([0, 0, 7]))[0] is both
+
+
+@pytest.mark.parametrize("number, held", [
+    (Fraction(1, 3), True), (Fraction(-5, 7), True), (Fraction(0), True), (Fraction(3), True), (Fraction(1, 10), True),
+    (Fraction(10 ** 20 + 1, 3 * 10 ** 20), False), (Fraction(2 ** 60 + 1), False), (1 + Fraction(1, 10 ** 30), False), (Fraction(1, 10 ** 400), False),
+    (Fraction(10 ** 400), False)], ids=str)
+def test_a_number_is_held_as_float64_only_if_that_means_the_number(number, held):
+    m = algebra.Contracts(0, [], np.zeros(0), ())
+    fixed, places = m.evaluator.places(np.array([m.evaluator.store.constant(number)]))
+    assert fixed.tolist() == [held]
+    if held:
+        assert contents(places).item() == float(number) and m.nodes.constants.get(m.nodes.number(int(places[0]))) == number
+
+
+def test_constants_need_no_blocks():
+    m = algebra.Contracts(0, [], np.zeros(0), ())
+    assert m.equal(m.const(3), m.const(3)).item() and not m.equal(m.const(3), m.const(4)).item()
+
+
+def test_a_product_by_a_factor_is_one_block(monkeypatch):
+    """What a theorem makes of a block may be the operation that made it."""
+    m = algebra.Contracts(0, [0], np.arange(1.0, 4.0), (Fraction(2),))
+    x = m.symbols("x", 0, 3)
+    m.begin_side("parallel")
+    theorem = theorems.Theorem(0, (), (), m.pattern(x), (0,), Fraction(2), None)
+    monkeypatch.setattr(m.theorems, "about", lambda block: (theorem, (0,)))
+    double = m.mul(m.const(2), x)
+    assert len(m.graph.signature) == 2 and double.blocks == m.mul(m.const(2), x).blocks
