@@ -15,7 +15,6 @@ from trainverify.shrink.rewrite import Rewriter
 from trainverify.shrink.solve import LEAST, Sizes, problem, solve
 from trainverify.shrink.spaces import Kept
 from trainverify.shrink.values import fill
-from trainverify.shrink.values import fill
 
 LARGEST = 1 << 30                             # bytes of one reduced tensor: what keeps its size is then too much to be verified
 ROUNDS = 6                                    # of finding the indices that occur; each adds some
@@ -78,7 +77,7 @@ class Reducer:
             built = [m.program() for m in made]
             programs[side] = Program([t for t, _ in built], [b for _, b in built])
             checked[side] = [m.checked for m in made]
-        fill(programs["reference"], programs["parallel"])
+        fill(programs["reference"], programs["parallel"], classes.programs["reference"])
         for side, program in programs.items():
             check(program, checked[side], self.table)
         for layout in classes.layouts.values():
