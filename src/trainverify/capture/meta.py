@@ -29,6 +29,7 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 DECIDED = "Python asks for a value that floats decide, and a full-size capture has no floats"
 _DATA_DEPENDENT = "it needs the values of floats, and a full-size capture has none"
 SMALL = 1 << 17                                # elements of a float tensor that is computed for real too, where it comes from integers alone
+_RANGES = ("arange", "range")                  # of which numbers say the size
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index")
 _BY_VALUE = (*_INDEXED, "masked_select", "repeat_interleave", "resize_", "set_")     # what they give is not a matter of sizes alone
 Kind = tuple[Any, ...]
@@ -50,9 +51,11 @@ class MetaFloats:
         self.items = 0
 
     # ---- running a call
-    def run(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """The call's result: floats, and all that is computed from them, on meta."""
+    def run(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict, placeholders: bool = False) -> Any:
+        """The call's result: floats, and all that is computed from them, on meta. placeholders: numbers among the arguments stand for floats without a value."""
         tensors = _tensors(args, kwargs)
+        if placeholders:
+            return self._of_placeholders(info, func, args, kwargs)
         if info.reads_nothing:                 # zeros_like and its like: a tensor among the arguments gives sizes only
             return self._made(info, func, args, kwargs)
         if any(not self.has_memory(t) for t in tensors):
@@ -69,6 +72,13 @@ class MetaFloats:
                 self._remember(result, func(*args, **self._elsewhere(func, kwargs, CPU)))
             return result
         return func(*args, **self._elsewhere(func, kwargs, CPU))
+
+    def _of_placeholders(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Nothing that comes of such a number has a value."""
+        if func._opname in _RANGES:
+            raise NeedsValues("a number that floats decide says how many elements there are, and a full-size capture has no floats")
+        self._forget_written(info, args, kwargs)
+        return self._on_meta(info, func, args, {**kwargs, "device": META} if info.reads_nothing else kwargs)
 
     def _made(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict) -> Any:
         result = func(*[_shadow(a) for a in args], **{**kwargs, "device": META})
@@ -99,9 +109,7 @@ class MetaFloats:
     def _from_known(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
         """A call on meta; for real too, where the values of all its arguments are known."""
         if info.writes or info.hidden_writes:
-            written = [args[p] if p < len(args) else kwargs.get(name) for p, name in info.writes] + [args[p] for p in info.hidden_writes]
-            for t in _tensors(written, {}):
-                self.forget(t)
+            self._forget_written(info, args, kwargs)
             return self._on_meta(info, func, args, kwargs)
         if info.random or any(not self.has_memory(t) and self.value(t) is None for t in tensors) or any(t.numel() > SMALL for t in tensors):
             return self._on_meta(info, func, args, kwargs)
@@ -112,6 +120,11 @@ class MetaFloats:
         if _is_small(result):
             self._remember(result, values)
         return result
+
+    def _forget_written(self, info: OpInfo, args: tuple, kwargs: dict) -> None:
+        written = [args[p] if p < len(args) else kwargs.get(name) for p, name in info.writes] + [args[p] for p in info.hidden_writes]
+        for t in _tensors(written, {}):
+            self.forget(t)
 
     def _valued(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):

@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
             self._take_given()
         span = self.spans.here()
         if self.floats is not None:
-            result = self.floats.run(info, func, args, kwargs or {})
+            result = self.floats.run(info, func, args, kwargs or {}, bool(self.scalar_values) and not self._has_value((*encoded, *keywords.values())))
             if info.random and self._draws(info, args, kwargs) and self._unknown_draw(info, args, kwargs, result, span):
                 return result
         else:
@@ -304,7 +304,10 @@ class Recorder(TorchDispatchMode):
 
     def _has_value(self, args: tuple) -> bool:
         """At full size: whether all tracked floats among the arguments come from integers and numbers alone."""
-        return all(a.id in self._valued for a in args if isinstance(a, ScalarRef))
+        for a in args:
+            if type(a) is ScalarRef and a.id not in self._valued or type(a) is Sequence and not self._has_value(a.items):
+                return False
+        return True
 
     def _take_given(self) -> None:
         """The call that they were given to has been encoded."""
@@ -363,7 +366,7 @@ class Recorder(TorchDispatchMode):
         """Python branches on tracked floats; the outcome, which at full size is false where the user accepts the place."""
         if self.floats is not None and not self._has_value(args):
             span = self.spans.span()
-            if not any(names_place(a, span.file, span.line) for a in self.accept):
+            if span is None or not any(names_place(a, span.file, span.line) for a in self.accept):
                 raise Fault(meta.branch(op, span, self.rank))
             self.note("ASSUME", f"a branch on a float ({op}) is not taken: it has no value at full size, and the place is accepted")
             outcome = False

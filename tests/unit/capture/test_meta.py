@@ -146,6 +146,26 @@ def test_what_needs_values_is_refused(program):
     assert caught.value.diagnostics[0].code == "META001"
 
 
+@pytest.mark.parametrize("program", [
+    lambda s: (torch.full((3,), s) * 3).to(torch.int64).tolist(),
+    lambda s: torch.full((3,), s, dtype=torch.int64).tolist(),
+    lambda s: torch.full_like(torch.ones(2), s).sum().item() > 0,
+    lambda s: bool((torch.arange(3) * s).sum() > 3),
+    lambda s: (torch.arange(5) > s).tolist(),
+    lambda s: torch.arange(3).fill_(s).tolist(),
+    lambda s: torch.arange(0, 3 * s),
+    lambda s: bool(torch.tensor([s, 1.0]).sum() > 0),
+    lambda s: torch.where(torch.arange(3) > 1, s, 0.0).sum().item() > 0,
+    lambda s: torch._foreach_mul([torch.ones(2)], [s])[0][0].item() > 0,
+    lambda s: (torch.ones(3) + s)[0].item() > 0,
+], ids=["integers", "integers at once", "like", "truth", "mask", "written integers", "range", "tensor", "where", "list", "added"])
+def test_a_float_that_left_has_no_value_where_it_comes_back(program):
+    """Its placeholder decides no integer, no size and no branch."""
+    with pytest.raises(Fault) as caught:
+        record(lambda: program(torch.empty(4).sum().item()))
+    assert caught.value.diagnostics[0].code in ("META001", "META002")
+
+
 def test_small_floats_that_come_from_integers_alone_have_values():
     """Counts of tokens that go through floats, tables, settings: what the program decides by them is decided."""
     def program():
