@@ -52,7 +52,8 @@ class MetaFloats:
 
     # ---- running a call
     def run(self, info: OpInfo, func: Callable, args: tuple, kwargs: dict, placeholders: bool = False) -> Any:
-        """The call's result: floats, and all that is computed from them, on meta. placeholders: numbers among the arguments stand for floats without a value."""
+        """The call's result: floats, and all that is computed from them, on meta. placeholders: numbers among the arguments stand for floats that
+        have no value."""
         tensors = _tensors(args, kwargs)
         if placeholders:
             return self._of_placeholders(info, func, args, kwargs)

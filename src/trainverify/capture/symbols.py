@@ -21,6 +21,7 @@ from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ir.trace import TensorRef
 
 _SECOND_MOMENTS = ("sq", "square", "sum", "var")   # in the names of state that is never negative
+_FILLS = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero_", "fill_")
 
 
 class HandedTensor(msgspec.Struct, frozen=True):
@@ -96,8 +97,17 @@ class Symbols:
         """State that exists before the first step; numbers like `step`, and what a constructor fills in, stay what they are."""
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0 and not _is_filled(value):
+                if isinstance(value, torch.Tensor) and value.dim() > 0 and not self._is_filled(value):
                     self.define("state", f"{names[id(parameter)]}::{key}", value, key)
+
+    def _is_filled(self, state: torch.Tensor) -> bool:
+        """Whether all elements are equal: training leaves none like that; Adagrad's constructor does, on both sides."""
+        with unseen():
+            if not state.is_meta:
+                return bool((state == state.flatten()[:1]).all())
+            ref = self.recorder.encoder.read(state)
+        last = next((c for c in reversed(self.recorder.ops) if any(t.storage == ref.storage for t in c.targets())), None)
+        return last is not None and last.name.split(".")[1] in _FILLS and ref in last.targets()
 
     def define(self, kind: str, name: str, tensor: torch.Tensor, key: str = "") -> None:
         """Overwrite a tensor with tags and record that its elements are symbols; tensors seen before and empty ones are left alone."""
@@ -134,10 +144,10 @@ class Symbols:
     def _must_be_apart(self, kind: str, name: str, tensor: torch.Tensor) -> None:
         """Symbols are independent of each other, so their memory must be."""
         mine = None
-        for (storage, offset, shape, stride), (_, other) in self.names.items() if not tensor.is_meta else ():
+        for (storage, offset, shape, stride), (_, other) in self.names.items():
             if storage == tensor.untyped_storage()._cdata:
-                mine = _elements(tensor.storage_offset(), tensor.shape, tensor.stride()) if mine is None else mine
-                if np.intersect1d(mine, _elements(offset, shape, stride)).size:
+                mine = _elements(tensor.storage_offset(), tensor.shape, tensor.stride()) if mine is None and not tensor.is_meta else mine
+                if tensor.is_meta or np.intersect1d(mine, _elements(offset, shape, stride)).size:
                     raise Fault(Diagnostic("SPEC010", f"{kind} {name} and {other} share memory in part",
                                            fix="Clone one of them: the verdict is for all values of each, independently."))
         if name in self._taken:
@@ -202,14 +212,6 @@ def _is_mask(tensor: torch.Tensor) -> bool:
         return False
     with unseen():
         return bool(((tensor == 0) | (tensor == 1)).all())
-
-
-def _is_filled(state: torch.Tensor) -> bool:
-    """Whether all elements are equal: training leaves none like that; Adagrad's constructor does, on both sides."""
-    if state.is_meta:
-        return False
-    with unseen():
-        return bool((state == state.flatten()[:1]).all())
 
 
 def _positive(kind: str, name: str, initial: np.ndarray) -> bool:

@@ -276,3 +276,39 @@ def test_there_is_no_checkpoint_of_sizes(tmp_path):
     (tmp_path / "spec.py").write_text(SPEC)
     done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=2, case={"how": "checkpoint"}))
     assert {d.code for d in done.diagnostics} == {"META003"}
+
+
+STATE = """
+import torch
+import trainverify as tv
+
+def reference(optimizer="Adagrad"):
+    model = torch.nn.Linear(1 << 10, 1 << 8, bias=False)
+    if optimizer == "twice":
+        model.flat = torch.nn.Parameter(model.weight.data.view(-1))
+    made = torch.optim.Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.1)
+    if optimizer == "loaded":
+        for state in made.state.values():
+            state["sum"].copy_(torch.rand(state["sum"].shape))
+    def step():
+        model(torch.ones(3, 1 << 10)).sum().backward()
+        made.step()
+    return tv.Training(model, step)
+
+def parallel(ref, optimizer="Adagrad"):
+    return reference()
+"""
+
+
+@pytest.mark.parametrize("how, symbols", [("Adagrad", ["weight"]), ("loaded", ["weight", "weight::sum"])])
+def test_state_that_a_constructor_fills_is_a_number_and_no_symbol(tmp_path, how, symbols):
+    """The parallel program's constructor fills its own."""
+    (tmp_path / "spec.py").write_text(STATE)
+    done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=1, case={"optimizer": how}))
+    assert [c.args[1] for c in done.reference.traces[0].ops if c.name == "tv.symbol"] == symbols
+
+
+def test_symbols_of_one_memory_are_refused(tmp_path):
+    (tmp_path / "spec.py").write_text(STATE)
+    done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=1, case={"optimizer": "twice"}))
+    assert {d.code for d in done.diagnostics} == {"SPEC010"}
