@@ -186,15 +186,18 @@ def execute(program: Program, table: OpTable) -> World:
 
 
 def _scalar(machine: Machine, call: OpCall) -> None:
+    value = scalar_value(machine, call)
+    if value is not None:
+        call.kwargs["value"] = machine.native.scalars[call.outs.id] = value
+
+
+def scalar_value(machine: Machine, call: OpCall) -> float | None:
+    """What a tracked scalar is where the machine is; None: not known."""
     op = call.name.split(".")[2]
-    if op == "item":
-        value = machine.native.tensor(call.args[0]).item()
-    elif op in SCALARS:
-        try:
-            value = SCALARS[op](*[machine.native.decode(a) for a in call.args])
-        except (ZeroDivisionError, OverflowError, TypeError):
-            return
-    else:
-        return
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        call.kwargs["value"] = machine.native.scalars[call.outs.id] = float(value)
+    if op != "item" and op not in SCALARS:
+        return None
+    try:
+        value = machine.native.tensor(call.args[0]).item() if op == "item" else SCALARS[op](*[machine.native.decode(a) for a in call.args])
+    except (ZeroDivisionError, OverflowError, TypeError):
+        return None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -13,7 +13,7 @@ from trainverify.ir.trace import Collective, OpCall, ScalarRef
 from trainverify.ops.access import makes_garbage
 from trainverify.shrink.classes import Classes, refusal
 from trainverify.shrink.layout import Layout
-from trainverify.shrink.repeat import Form, item
+from trainverify.shrink.repeat import Form, item, scalars
 
 SYMBOLIC, TAINTED, GARBAGE = 1, 2, 4          # of a call: its result may depend on symbols; its integers come from floats; it reads what nobody wrote
 
@@ -97,11 +97,9 @@ def _advance(rank: Rank, met: dict[tuple, Met], asked: dict[int, tuple[int, ...]
 def _local(rank: Rank, call: OpCall, form: Form, named: tuple[int, ...]) -> int:
     read = [named[p] for p in form.read]
     mark = 0
-    if not rank.symbolic.isdisjoint(read) or (form.takes_scalars and any(isinstance(a, ScalarRef) and a.id in rank.scalars for a in call.args)):
+    if not rank.symbolic.isdisjoint(read) or (form.takes_scalars and any(i in rank.scalars for i in scalars(call))):
         mark |= SYMBOLIC
         rank.symbolic.update([named[p] for p in form.float_targets])
-        if isinstance(call.outs, ScalarRef):
-            rank.scalars.add(call.outs.id)
     if form.other_targets and (form.reads_floats or form.takes_scalars or not rank.tainted.isdisjoint(read)):
         mark |= TAINTED
         rank.tainted.update([named[p] for p in form.other_targets])
@@ -109,6 +107,8 @@ def _local(rank: Rank, call: OpCall, form: Form, named: tuple[int, ...]) -> int:
         rank.garbage.update([named[p] for p in (*form.float_targets, *form.other_targets)])
     elif rank.garbage:
         mark |= _garbage(rank, form, named, read)
+    if mark and isinstance(call.outs, ScalarRef):
+        rank.scalars.add(call.outs.id)
     return mark
 
 

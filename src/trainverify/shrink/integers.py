@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from trainverify.ir.trace import Name, OpCall, Program, TensorRef, Trace, inputs
+from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, TensorRef, Trace, inputs
 from trainverify.ops.access import reads
 from trainverify.replay.machine import Hooks, Machine
 from trainverify.replay.run import replay
+from trainverify.shrink.check import SCALARS, scalar_value
 from trainverify.shrink.classes import Classes, refusal
 from trainverify.shrink.facts import Domain
 from trainverify.shrink.flow import TAINTED, Rank, flows, meeting
-from trainverify.shrink.repeat import is_float, references
+from trainverify.shrink.repeat import is_float, references, scalars
 from trainverify.shrink.rules import base
 from trainverify.shrink.spaces import PRODUCT, Kept, Spaces
 
@@ -233,6 +234,7 @@ class Integers:
         needed: set[int] = set()
         storages: set[int] = set()
         works: set[int] = set()
+        numbers: set[int] = set()              # tracked scalars
         for k in range(len(ops) - 1, -1, -1):
             call, form, named = ops[k], repeats.forms[repeats.form[k]], repeats.named[k]
             c = call.collective
@@ -250,11 +252,16 @@ class Integers:
                 if _resized(call) in storages:
                     needed.add(k)
                 continue
+            if numbers and isinstance(call.outs, ScalarRef) and call.outs.id in numbers:
+                needed.add(k)
+                storages.update([named[p] for p in form.read])
+                numbers.update(scalars(call))
             if call.name.startswith("tv."):
                 continue
             if k in wanted.truths or k in wanted.counts or (storages and not storages.isdisjoint([named[p] for p in (*form.float_targets, *form.other_targets)])):
                 needed.add(k)
                 storages.update([named[p] for p in (*form.read, *form.float_targets, *form.other_targets)])
+                numbers.update(scalars(call) if form.takes_scalars else ())
             storages.update([r.storage for r in wanted.reads(k)])
         needed.update(k for k, call in enumerate(ops) if call.name == "tv.wait" and call.args[0] in works)
         return needed
@@ -264,12 +271,15 @@ class Integers:
         """Calls that read numbers that a capture without values does not have."""
         repeats, trace, missing = rank.layout.repeats, rank.layout.trace, set()
         lost = {sid for sid, st in enumerate(trace.storages) if st.initial and f"init.{sid}" not in rank.blobs}
+        numbers: set[int] = set()              # tracked scalars of which the value is not known
         for k in sorted(needed) if lost or VALUELESS in trace.meta.items() else ():
             call, form, named = trace.ops[k], repeats.forms[repeats.form[k]], repeats.named[k]
             drawn = call.rng and any(f"rng.{k}.{n}" not in rank.blobs for n in range(len(call.targets())))
-            if drawn or not lost.isdisjoint([named[p] for p in form.read]):
+            strange = call.name.startswith("tv.scalar.") and call.name.split(".")[2] not in (*SCALARS, "item")
+            if drawn or strange or not lost.isdisjoint([named[p] for p in form.read]) or not numbers.isdisjoint(scalars(call)):
                 missing.add(k)
                 lost.update([named[p] for p in (*form.float_targets, *form.other_targets)])
+                numbers.update([call.outs.id] if isinstance(call.outs, ScalarRef) else ())
         return missing
 
     def _leave(self, rank: Rank, missing: set[int], full: Full) -> None:
@@ -324,6 +334,8 @@ class Watcher:
 
     def after(self, machine: Machine, call: OpCall, results: list) -> None:
         wanted, key = self.wanted[(self.side, machine.rank)], (self.side, machine.rank, call.index)
+        if call.name.startswith("tv.scalar.") and (number := scalar_value(machine, call)) is not None:
+            machine.native.scalars[call.outs.id] = number      # at full size, what was recorded may stand for it only
         if call.collective is not None or (call.index not in wanted.truths and call.index not in wanted.counts):
             return
         self.full.truths[key] = [self.restricted(machine, t) if is_float(t) else self.placed(machine, t) for t in call.targets()]

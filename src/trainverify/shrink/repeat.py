@@ -9,7 +9,7 @@ more indices than necessary. A call whose form and storages (up to that) were se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,16 +89,25 @@ class Form:
 
     @cached_property
     def takes_scalars(self) -> bool:
-        return any(isinstance(a, ScalarRef) for a in self.call.args)
+        return any(True for _ in scalars(self.call))
 
     @cached_property
     def has_scalars(self) -> bool:
         """Anywhere: in lists, among keyword arguments, as a result."""
-        return any(_any_scalar(a) for a in (*self.call.args, *self.call.kwargs.values(), self.call.outs))
+        return self.takes_scalars or any(True for _ in _scalars((self.call.outs,)))
 
 
-def _any_scalar(a: Arg) -> bool:
-    return isinstance(a, ScalarRef) or (isinstance(a, Sequence) and any(_any_scalar(x) for x in a.items))
+def scalars(call: OpCall) -> Iterator[int]:
+    """Numbers of the tracked scalars that a call takes, also in lists and by name."""
+    return _scalars((*call.args, *call.kwargs.values()))
+
+
+def _scalars(given: Iterable[Arg]) -> Iterator[int]:
+    for a in given:
+        if isinstance(a, ScalarRef):
+            yield a.id
+        elif isinstance(a, Sequence):
+            yield from _scalars(a.items)
 
 
 class Forms:
@@ -264,4 +273,4 @@ class Repeats:
                 yield ops[i]
 
 
-__all__ = ["Form", "Forms", "Repeats", "is_float", "item", "references"]
+__all__ = ["Form", "Forms", "Repeats", "is_float", "item", "references", "scalars"]

@@ -1,6 +1,7 @@
 """Counts that are written out: the same function where nothing is reduced away, and the recorded count where it is."""
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -69,3 +70,43 @@ def test_a_fused_norm_is_proved_by_reduction(kind):
     report = verified(*spec(kind, fused=True), 1)
     assert report.verdict == "PROVED", report.diagnostics
     assert all(c.reduced < WIDTH for c in report.reduction.classes if c.size == WIDTH)
+
+
+# ---- numbers that left tensors
+
+def weighed(weights, batch, world: int = 1, wrong: bool = False):
+    """Three sums of vectors that Python numbers have filled: of one that counts labels, and of one that depends on the weights, given by name and in a list."""
+    model = nn.Linear(24, 20, bias=False)
+    if weights is not None:
+        model.load_state_dict(weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        labels = (batch["y"] >= 0).float().sum().item()
+        size = model.weight.detach().square().sum()
+        if wrong:
+            size = 2 * size
+        size = size.item()
+        named, listed = torch.zeros(24).add(torch.ones(24), alpha=size), torch._foreach_mul([torch.ones(24)], [size])[0]
+        loss = (model(batch["x"]) * (torch.ones(24) / labels).sum()).square().sum() * named.sum() / listed.sum()
+        loss.backward()
+        if world > 1:
+            dist.all_reduce(model.weight.grad)
+        optimizer.step()
+        return {"loss": tv.local(loss, reduce="sum") if world > 1 else loss, "named": named.sum(), "listed": listed.sum()}
+
+    return tv.Training(model, step, batch=batch)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_numbers_that_left_tensors_are_what_they_are_in_what_is_counted(wrong):
+    def reference():
+        return weighed(None, {"x": torch.randn(8, 24, generator=torch.Generator().manual_seed(0)), "y": torch.arange(8) - 1})
+
+    def parallel(ref):
+        mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+        return weighed(ref.weights, {"x": ref.batch["x"][mine], "y": ref.batch["y"]}, 2, wrong)
+
+    report = verified(reference, parallel, 2)
+    assert report.verdict == ("REFUTED" if wrong else "PROVED")
+    assert not wrong or {o.name for o in report.outputs if o.verdict == "REFUTED"} == {"named", "listed"}
