@@ -5,7 +5,7 @@ indices), and by the tensors of the batch.
 """
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +66,7 @@ def read(reference: Program, parallel: Program, table: OpTable) -> Classes:
 
 def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meetings) -> None:
     """The calls that differ, and all collectives: who meets whom is not a matter of one trace."""
+    alike = Counter(layout.repeats.like)
     for call in layout.repeats.distinct():
         for ref in references(call):
             layout.dims(ref, layout.span(call))
@@ -78,6 +79,7 @@ def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meet
                 classes.unread.add((*layout.where, call.index))
         if not call.name.startswith(BUNDLES):
             classes.notes.meets.append(tuple(dict.fromkeys(s for ref in references(call) for s in layout.dims(ref) if s != ONE)))
+            classes.notes.times.append(alike[call.index])
     for call in layout.trace.ops:
         if call.collective is not None:
             meetings.add(layout, call)

@@ -34,6 +34,7 @@ class Notes:
     domains: list[Domain] = field(default_factory=list)
     ties: list[tuple[int, ...]] = field(default_factory=list)       # spaces of equal size whose counts must stay equal
     meets: list[tuple[int, ...]] = field(default_factory=list)      # the dimensions of one call
+    times: list[int] = field(default_factory=list)                  # of each of these: how many calls are like it
 
 
 class Facts:

@@ -33,12 +33,12 @@ class Reduced:
     notes: list[str] = field(default_factory=list)
 
 
-def sized(classes: Classes, base: int = LEAST, required: dict[int, set[int]] | None = None) -> tuple[Kept, Sizes]:
+def sized(classes: Classes, base: int = LEAST, required: dict[int, set[int]] | None = None, unlike: Kept | None = None) -> tuple[Kept, Sizes]:
     """Sizes for all classes, and the indices that are kept: those that are required, and the first others. Of positions, at which integers are read, the
     last one is kept too: what is wrong there alone (a label at the end of a shard) is no less wrong."""
     required = required or {}
     positions = {a for d in classes.notes.domains for s in classes.layouts[d.where].dims(d.ref) for a in classes.spaces.atoms(s)}
-    found = solve(classes, problem(classes, {a: len(v) for a, v in required.items()}, base))
+    found = solve(classes, problem(classes, {a: len(v) for a, v in required.items()}, base, unlike))
     atoms = {}
     for a, n in found.count.items():
         if n < classes.spaces.size(a):        # the others keep all
@@ -63,12 +63,13 @@ class Reducer:
 
     def classified(self, base: int = LEAST) -> tuple[Classes, Kept]:
         """Classes and sizes alone, without rewriting anything: for `trainverify shapes`."""
-        return self.classes, _settled(self.classes, self.integers, base, self.progress)[0]
+        return self.classes, _settled(self.classes, self.integers, base, None, self.progress)[0]
 
-    def reduced(self, base: int = LEAST) -> Reduced:
+    def reduced(self, base: int = LEAST, unlike: Kept | None = None) -> Reduced:
+        """unlike: another choice, from which that of every reduced class is to differ."""
         classes = self.classes
         check_sizes(classes, self.integers)
-        kept, sizes, full = _settled(classes, self.integers, base, self.progress)
+        kept, sizes, full = _settled(classes, self.integers, base, unlike, self.progress)
         _bearable(classes, kept)
         programs, checked = {}, {}
         self.progress("reduce", "programs")
@@ -110,12 +111,12 @@ def _bearable(classes: Classes, kept: Kept) -> None:
                       "trainverify shapes says which; a buffer that is used for tensors of different sizes is one reason", span)
 
 
-def _settled(classes: Classes, integers: Integers, base: int, progress: Callable) -> tuple[Kept, Sizes, Full]:
+def _settled(classes: Classes, integers: Integers, base: int, unlike: Kept | None, progress: Callable) -> tuple[Kept, Sizes, Full]:
     """Sizes such that every index that occurs at a kept position is kept."""
     required: dict[int, set[int]] = {}
     for _ in range(ROUNDS):
         progress("reduce", "sizes")
-        kept, sizes = sized(classes, base, required)
+        kept, sizes = sized(classes, base, required, unlike)
         full = integers.look(kept)
         chosen = {classes.spaces.find(s): call for s, call in full.chosen if kept.count(s) < classes.spaces.size(s)}
         for space, call in chosen.items():

@@ -5,15 +5,16 @@ The full sizes satisfy every hard constraint, so there is always a solution.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.shrink.classes import Classes
-from trainverify.shrink.spaces import CAT, ONE, PRODUCT, Spaces
+from trainverify.shrink.spaces import CAT, ONE, PRODUCT, Kept, Spaces
 
 LEAST = 4                                     # a sum of two terms satisfies identities that longer ones do not; more is asked for where a proof needs it
+WISH = 1_000_000                              # what a wish weighs that cannot be had
 EFFORT = 20.0                                 # of CP-SAT's own deterministic measure, so that a run can be repeated
 
 
@@ -27,6 +28,7 @@ class Problem:
     smaller: list[tuple[int, int]]            # atoms of one concatenation: the shorter stays shorter
     distinct: list[tuple[int, int]]           # spaces of different sizes that meet
     wished: list[tuple[int, int]]             # spaces of one size that meet: different if that can be
+    other: dict[int, int] = field(default_factory=dict)       # atoms whose count must not be this one
 
 
 @dataclass(slots=True)
@@ -39,8 +41,9 @@ def atoms_of(classes: Classes) -> list[int]:
     return [s for s in classes.spaces.roots() if classes.spaces.form(s) is None and classes.spaces.size(s) > 1]
 
 
-def problem(classes: Classes, required: dict[int, int], base: int = LEAST) -> Problem:
-    """required: atoms whose values are indices that occur: at least so many. base: the least size of every class."""
+def problem(classes: Classes, required: dict[int, int], base: int = LEAST, unlike: Kept | None = None) -> Problem:
+    """required: atoms whose values are indices that occur: at least so many. base: the least size of every class. unlike: an earlier choice, from
+    which that of every reduced atom is to differ."""
     s = classes.spaces
     full = {a for p in s.pins for a in s.atoms(p.space)}
     reachable = {ONE, *(a for d in classes.computed for a in s.atoms(d))}
@@ -55,7 +58,8 @@ def problem(classes: Classes, required: dict[int, int], base: int = LEAST) -> Pr
             live = [p for p in dict.fromkeys(s.flat(r)) if s.size(p) > 1 and reachable.issuperset(s.atoms(p))]      # the others nobody computes with
             _siblings(s, live, equal, smaller)
     distinct, wished = _meetings(classes)
-    return Problem(full, least, list(dict.fromkeys(equal)), list(dict.fromkeys(smaller)), distinct, wished)
+    other = {} if unlike is None else {a: unlike.count(a) for a in atoms_of(classes) if a not in full and unlike.count(a) < s.size(a)}
+    return Problem(full, least, list(dict.fromkeys(equal)), list(dict.fromkeys(smaller)), distinct, wished, other)
 
 
 def _siblings(s: Spaces, parts: list[int], equal: list, smaller: list) -> None:
@@ -102,13 +106,15 @@ def solve(classes: Classes, wanted: Problem) -> Sizes:
         model.add(of(a) < of(b))
     for a, b in wanted.distinct:
         model.add(of(a) != of(b))
+    for a, n in wanted.other.items():
+        model.add(of(a) != n)
     merged = []
     for a, b in wanted.wished:
         same = model.new_bool_var("")
         model.add(of(a) != of(b)).only_enforce_if(same.negated())
         merged.append((same, (a, b)))
-    dims = {s.find(d) for meet in classes.notes.meets for d in meet} - {ONE}
-    model.minimize(sum(of(d) for d in sorted(dims)) + sum(10 * of(a) for a in atoms_of(classes)) + 1000 * sum(b for b, _ in merged))
+    price = _prices(classes, wanted)
+    model.minimize(sum(price[a] * of(a) for a in atoms_of(classes)) + WISH * sum(b for b, _ in merged))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
@@ -119,6 +125,32 @@ def solve(classes: Classes, wanted: Problem) -> Sizes:
     found = Sizes({a: solver.value(of(a)) for a in atoms_of(classes)}, [pair for b, pair in merged if solver.value(b)])
     check(s, wanted, found)
     return found
+
+
+def _prices(classes: Classes, wanted: Problem) -> dict[int, int]:
+    """For each atom, what one more index of it adds to the work of all calls, in thousandths of what the dearest one adds."""
+    s, work = classes.spaces, Counter()
+    for meet, times in zip(classes.notes.meets, classes.notes.times, strict=True):
+        work[tuple(sorted({s.find(d) for d in meet} - {ONE}))] += times
+    count = {a: s.size(a) if a in wanted.full else wanted.least[a] for a in atoms_of(classes)}
+    added: Counter = Counter()
+    for dims, times in work.items():
+        now = times * math.prod(counted(s, d, count) for d in dims)
+        for a in {a for d in dims for a in s.atoms(d)} & count.keys():
+            more = {**count, a: count[a] + 1}
+            added[a] += times * math.prod(counted(s, d, more) for d in dims) - now
+    dearest = max(added.values(), default=1)
+    return {a: 1 + round(1000 * added[a] / dearest) for a in count}
+
+
+def counted(s: Spaces, x: int, count: dict[int, int]) -> int:
+    """How many indices of a space are kept, if so many of each atom are."""
+    x = s.find(x)
+    form = s.form(x)
+    if form is None:
+        return count.get(x, s.size(x))
+    counts = [counted(s, p, count) for p in form.parts]
+    return math.prod(counts) if form.kind == PRODUCT else sum(counts)
 
 
 def _variable(model, s: Spaces, x: int, wanted: Problem, of: Callable):
@@ -138,15 +170,10 @@ def _variable(model, s: Spaces, x: int, wanted: Problem, of: Callable):
 def check(s: Spaces, wanted: Problem, found: Sizes) -> None:
     """What the solver returned satisfies what was asked; anything else is our own bug."""
     def of(x: int) -> int:
-        x = s.find(x)
-        form = s.form(x)
-        if form is None:
-            return found.count.get(x, s.size(x))
-        counts = [of(p) for p in form.parts]
-        return math.prod(counts) if form.kind == PRODUCT else sum(counts)
+        return counted(s, x, found.count)
 
     bad = [x for x, n in found.count.items() if not (n == s.size(x) if x in wanted.full else wanted.least[x] <= n <= s.size(x))]
     bad += [p for p in wanted.equal if of(p[0]) != of(p[1])] + [p for p in wanted.smaller if of(p[0]) >= of(p[1])]
-    bad += [p for p in wanted.distinct if of(p[0]) == of(p[1])]
+    bad += [p for p in wanted.distinct if of(p[0]) == of(p[1])] + [a for a, n in wanted.other.items() if of(a) == n]
     if bad:
         raise AssertionError(f"sizes that do not satisfy their constraints: {bad[:5]}")

@@ -23,7 +23,7 @@ from trainverify.shrink.reduce import Reduced, Reducer
 from trainverify.shrink.solve import LEAST
 
 ATTEMPTS = 3
-APART = 2                                     # how much larger the least size of the second choice is
+APART = 2                                     # how much larger the least size is at which a cross-check verifies
 
 
 class Runs:
@@ -48,13 +48,13 @@ class Runs:
             least = needed
         self._conclude(small, needed, short)
         if self.report.count("PROVED"):
-            self._elsewhere(reducer, least + APART)
+            self._elsewhere(reducer, least, small)
         if self.cross_check and self.report.count("PROVED"):
             self._again(reducer, least + APART, blank)
 
-    def _reduced(self, reducer: Reducer, least: int) -> Reduced:
+    def _reduced(self, reducer: Reducer, least: int, unlike: Reduced | None = None) -> Reduced:
         clock = time.perf_counter()
-        small = reducer.reduced(least)
+        small = reducer.reduced(least, unlike and unlike.kept)
         self.report.phases.append(Phase("reduce", time.perf_counter() - clock, f"sizes of at least {least} where they are reduced"))
         return small
 
@@ -72,9 +72,9 @@ class Runs:
         if report.outputs:
             report.verdict = overall(report)
 
-    def _elsewhere(self, reducer: Reducer, least: int) -> None:
-        """Equality in the field at other sizes: what is equal at one choice alone (a literal that happens to be a reduced count) is not."""
-        small = self._reduced(reducer, least)
+    def _elsewhere(self, reducer: Reducer, least: int, first: Reduced) -> None:
+        """Equality in the field where every size is another one: what is equal at one choice alone (a literal that happens to be a reduced count) is not."""
+        small = self._reduced(reducer, least, first)
         clock = time.perf_counter()
         found = replay_both(small.reference, small.parallel, reducer.table, Symbols(small.reference), 2 * self.report.seed + 5, self.progress).comparison.compared
         self.report.phases.append(Phase("replay at other sizes", time.perf_counter() - clock))
