@@ -20,7 +20,7 @@ from trainverify.diagnose.probe import PROBE, Probes
 from trainverify.diagnose.trial import needed
 from trainverify.engine.analysis import Analysis
 from trainverify.engine.proof import Lineages
-from trainverify.engine.prove import prove_programs
+from trainverify.engine.prove import Prover
 from trainverify.engine.verdict import BLOCKING
 from trainverify.ir.trace import Program
 from trainverify.relate.compare import Comparison, Key
@@ -210,10 +210,13 @@ def _verdicts(job: Job, trial: Trial) -> tuple[set[Key], set[Key]]:
     broken = trial.still_wrong(compared)
     if any(d.code in BLOCKING for m in trial.world.machines for d in m.diagnostics):
         return set(), compared
+    analysis, lineages = job.analysis, Lineages(trial.comparison.ref_lineage, trial.comparison.lineage)
+
+    def said(phase: str, *args, **kwargs) -> None:
+        job.progress("repair", phase)
     try:
-        proof = prove_programs(job.reference, trial.program, job.analysis.table, job.analysis.symbols, 2 * job.seed + 3, job.accept,
-                               lambda phase, *a, **k: job.progress("repair", phase),
-                               lambda: Lineages(trial.comparison.ref_lineage, trial.comparison.lineage))
+        prover = analysis.prover or Prover(job.reference, job.parallel, analysis.table, analysis.symbols, 2 * job.seed + 3, said)
+        proof = prover.prove(trial.program, job.accept, said, lambda: lineages)
     except CANNOT_RUN:
         return set(), compared
     return set(proof.proved) - broken, broken

@@ -14,7 +14,8 @@ from trainverify.engine.facts import Facts
 from trainverify.engine.inputs import elsewhere
 from trainverify.engine.contracts import prove_by_contracts
 from trainverify.engine.proof import Lineages, Proof
-from trainverify.engine.prove import prove_programs
+from trainverify.engine.prove import Prover, prove_programs
+from trainverify.engine.slices import part
 from trainverify.engine.verdict import BLOCKING, Judgement, at_other_inputs, judge
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
@@ -70,6 +71,7 @@ class Analysis:
     coverage: Coverage
     steps: int
     accepted: tuple[str, ...] = ()            # places of decisions that the user takes as matched
+    prover: Prover | None = None              # of a program that differs: for whoever wants to prove another one
     phases: list[Phase] = field(default_factory=list)
 
 
@@ -113,8 +115,8 @@ class Laps:
 def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(), jobs: int = 1,
             progress: Callable = lambda *a, **k: None, watch=None, proofs: bool = True) -> Analysis:
     """Replay, compare, prove and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for
-    diagnosis) sees the values of that second pass. With two jobs the proof is made in a process of its own, beside all that. Without proofs
-    nothing is PROVED."""
+    diagnosis) sees the values of that second pass. With two jobs the proof is made in a process of its own, beside all that; of a program that
+    differs, only what comes before the last output that does not is looked at. Without proofs nothing is PROVED."""
     laps = Laps()
     table = standard_table(extra_rows)
     symbols = Symbols(reference)
@@ -126,9 +128,12 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
         by_contracts = prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, held) if calls > DEEP else None
         return by_contracts or prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, held)
     calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
+
+    def prover() -> Prover | None:
+        return Prover(reference, parallel, table, symbols, 2 * seed + 3, progress) if proofs else None
     beside = Beside(prove) if proofs and jobs > 1 and calls > WORTH_A_PROCESS else None
     try:
-        found = _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside)
+        found = _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside, prover)
     finally:
         if beside is not None:
             beside.close()
@@ -143,7 +148,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
 
 
 def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], laps: Laps,
-             progress: Callable, watch, prove: Callable, beside: Beside | None) -> Analysis:
+             progress: Callable, watch, prove: Callable, beside: Beside | None, prover: Callable) -> Analysis:
     check, batch = Conformance(table), Batch(reference)
     observers = {side: Observers(batch, check) for side in ("reference", "parallel")}
     first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, observers)
@@ -152,18 +157,24 @@ def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Sym
     if any(p.wrong("field") or p.undefined() for c in first.comparison.compared.values() for p in c.pieces):
         second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress, watch=watch)
         laps.end("second seed")
+        if beside is not None:
+            beside.close()
     diagnostics = [*check.diagnostics, *_once(d for side in observers.values() for d in side.digests.diagnostics),
                    *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
     unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     diagnostics += unmatched
     laps.end("compare")
-    proof = _proof(first, diagnostics, prove, beside, progress)
+    held = None
+    if second is None:
+        proof = _proof(first, diagnostics, prove, beside, progress)
+    else:
+        proof, held = _proof_of_the_rest(first, second, diagnostics, parallel, accept, prover, progress)
     accepted = tuple(dict.fromkeys([*accepted, *proof.accepted]))
-    diagnostics += [*proof.diagnostics, *idle_accepts(accept, accepted)]
+    diagnostics += [*proof.diagnostics, *(idle_accepts(accept, accepted) if second is None else ())]     # of a program that differs not all is known
     laps.end("prove", _work(proof))
     judgements = judge(first, second, diagnostics, proof)
     return Analysis(table, symbols, first, second, proof, judgements, diagnostics, {side: o.facts for side, o in observers.items()},
-                    Coverage(batch, observers["reference"].reads, observers["parallel"].reads), reference.traces[0].steps, accepted, laps.phases)
+                    Coverage(batch, observers["reference"].reads, observers["parallel"].reads), reference.traces[0].steps, accepted, held, laps.phases)
 
 
 def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: Beside | None, progress: Callable) -> Proof:
@@ -179,6 +190,20 @@ def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: 
     except Lost as lost:
         return Proof(diagnostics=[Diagnostic("PROVE001", f"the process that proves was lost ({lost}): nothing is proved", "warning",
                                              fix="if memory ran out, verify with --jobs 1, fewer steps or smaller sizes")])
+
+
+def _proof_of_the_rest(first: Pass, second: Pass, diagnostics: list[Diagnostic], parallel: Program, accept: tuple[str, ...], prover: Callable,
+                       progress: Callable) -> tuple[Proof, Prover | None]:
+    """What is proved of a program that differs: only of the outputs that do not, from what they are computed from."""
+    equal = {j.key for j in judge(first, second, diagnostics, Proof()) if j.verdict == "UNKNOWN" and not j.code}
+    held = prover() if equal else None
+    if held is None:
+        return Proof(), None
+    outputs = {(p.rank, p.recorded.call.index) for key in equal for p in first.comparison.compared[key].pieces}
+    scalars = {key[1:] for key in equal if key[0] == "scalar"}                # shares of one are several outputs
+    outputs |= {(t.rank, c.index) for t in parallel.traces for c in t.ops if c.name == "tv.output" and c.args[0] == "scalar" and c.args[1:3] in scalars}
+    lineages = Lineages(first.comparison.ref_lineage, first.comparison.lineage)
+    return held.prove(part(parallel, outputs), accept, progress, lambda: lineages), held
 
 
 def _work(proof: Proof) -> str:

@@ -61,13 +61,17 @@ class Vacuity:
 
 def replayed(reference: Program, parallel: Program, m, table: OpTable, symbols: Symbols, progress: Callable) -> tuple[World, World, Vacuity]:
     """Both sides in the algebra of a proof, the reference first, and what says whether it is defined."""
-    vacuity, worlds = Vacuity(), []
-    for side, program in (("reference", reference), ("parallel", parallel)):
-        m.begin_side(side)
-        binder = Binder(symbols, [m])
-        hooks = Hooks(symbol=binder.symbol, bind=binder.bind, value=vacuity.value if side == "reference" else None)
-        worlds.append(replay(program, [m], table, hooks, lambda f, side=side: progress("prove", side, f)))
+    vacuity = Vacuity()
+    worlds = [replayed_side(side, program, m, table, symbols, progress, vacuity) for side, program in (("reference", reference), ("parallel", parallel))]
     return worlds[0], worlds[1], vacuity
+
+
+def replayed_side(side: str, program: Program, m, table: OpTable, symbols: Symbols, progress: Callable, vacuity: Vacuity) -> World:
+    """One side in the algebra of a proof."""
+    m.begin_side(side)
+    binder = Binder(symbols, [m])
+    hooks = Hooks(symbol=binder.symbol, bind=binder.bind, value=vacuity.value if side == "reference" else None)
+    return replay(program, [m], table, hooks, lambda f: progress("prove", side, f))
 
 
 def is_proved(comparison: Comparison, key: Key) -> bool:

@@ -6,6 +6,7 @@ recorded inputs (else the theorem would say nothing). Not trusted: which equalit
 """
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from trainverify.algebra.field import Field
 from trainverify.algebra.terms import Terms
 from trainverify.diagnostics import Diagnostic
-from trainverify.engine.proof import Lineages, Proof, is_proved, replayed
+from trainverify.engine.proof import Lineages, Proof, Vacuity, is_proved, replayed_side
 from trainverify.ir.trace import Program
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import GARBAGE, Store
@@ -29,20 +30,37 @@ from trainverify.replay.run import World
 def prove_programs(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...],
                    progress: Callable, lineages: Callable[[], Lineages]) -> Proof:
     """Replay both sides in terms, with a field of this seed; `lineages` is asked when both are done."""
-    store = Store()
-    claims = Claims(store, Dictionary(store, likely_factors(parallel)))
-    terms = Terms(Field(seed), claims, symbols.total)
-    *worlds, vacuity = replayed(reference, parallel, terms, table, symbols, progress)
-    comparison = Comparison(symbols, [terms], *worlds, lineages())
-    comparison.run()
-    unmatched, accepted = _undecided(*worlds, terms, accept)
-    diagnostics = [*vacuity.found, *unmatched]
-    proved = frozenset(key for key in comparison.compared if is_proved(comparison, key))
-    places = Places(terms, reference, parallel)
-    reasons = {key: places.reason(comparison, key) for key in comparison.compared if key not in proved}
-    counts = {**claims.counts, "identifiers": claims.store.n, "failures": len(claims.failures)}
-    failures = [(f.obligation, places.words(f.origin, f.parallel), f.reason) for f in claims.failures if f.obligation is not None]
-    return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, accepted, counts, [p.obligation for p in claims.proofs.values()], failures)
+    return Prover(reference, parallel, table, symbols, seed, progress).prove(parallel, accept, progress, lineages)
+
+
+class Prover:
+    """The reference in terms, and parallel programs that are proved to equal it, one after the other: what was proved of one holds for all."""
+
+    def __init__(self, reference: Program, like: Program, table: OpTable, symbols: Symbols, seed: int, progress: Callable):
+        """like: a parallel program, for the factors that are tried."""
+        self.table, self.symbols = table, symbols
+        store = Store()
+        self.claims = Claims(store, Dictionary(store, likely_factors(like)))
+        self.terms = Terms(Field(seed), self.claims, symbols.total)
+        self.vacuity = Vacuity()
+        self.places = Places(self.terms, reference)
+        self.reference = replayed_side("reference", reference, self.terms, table, symbols, progress, self.vacuity)
+
+    def prove(self, parallel: Program, accept: tuple[str, ...], progress: Callable, lineages: Callable[[], Lineages]) -> Proof:
+        """What is proved of this program; counts, obligations and failures are those of all programs so far."""
+        claims, terms, places = self.claims, self.terms, self.places
+        places.begin(parallel)
+        claims.wasted = 0                     # each program has its own patience
+        world = replayed_side("parallel", parallel, terms, self.table, self.symbols, progress, self.vacuity)
+        comparison = Comparison(self.symbols, [terms], self.reference, world, lineages())
+        comparison.run()
+        unmatched, accepted = _undecided(self.reference, world, terms, accept)
+        diagnostics = [*self.vacuity.found, *unmatched]
+        proved = frozenset(key for key in comparison.compared if is_proved(comparison, key))
+        reasons = {key: places.reason(comparison, key) for key in comparison.compared if key not in proved}
+        counts = {**claims.counts, "identifiers": claims.store.n, "failures": len(claims.failures)}
+        failures = [(f.obligation, places.words(f.origin), f.reason) for f in claims.failures if f.obligation is not None]
+        return Proof(frozenset() if diagnostics else proved, reasons, diagnostics, accepted, counts, [p.obligation for p in claims.proofs.values()], failures)
 
 
 def _undecided(reference: World, parallel: World, terms: Terms, accept: tuple[str, ...]) -> tuple[list[Diagnostic], tuple[str, ...]]:
@@ -65,8 +83,13 @@ def _undecided(reference: World, parallel: World, terms: Terms, accept: tuple[st
 class Places:
     """Says where a proof stops."""
 
-    def __init__(self, terms: Terms, reference: Program, parallel: Program):
-        self._terms, self._programs = terms, (reference, parallel)
+    def __init__(self, terms: Terms, reference: Program):
+        self._terms, self._starts, self._programs = terms, [0], [reference]
+
+    def begin(self, program: Program) -> None:
+        """What comes from here on is of this program."""
+        self._starts.append(len(self._terms.places))
+        self._programs.append(program)
 
     def reason(self, comparison: Comparison, key: Key) -> str:
         for piece in comparison.compared[key].pieces:
@@ -92,13 +115,15 @@ class Places:
             seen.add(i)
         if not store.is_open[i]:
             return "it is another value of the reference's"
-        return f"no proof that {self.words(int(store.origin[i]), True)} is the reference's"
+        return f"no proof that {self.words(int(store.origin[i]))} is the reference's"
 
-    def words(self, origin: int, parallel: bool) -> str:
+    def words(self, origin: int) -> str:
         """The call that made an identifier."""
         rank, index, span = self._terms.places[origin]
         if rank < 0:
             return "the start"
-        trace = self._programs[parallel].traces[rank]
+        k = bisect_right(self._starts, origin) - 1
+        trace = self._programs[k].traces[rank]
+        name = trace.ops[bisect_left(trace.ops, index, key=lambda call: call.index)].name
         where = f" ({trace.spans[span]})" if 0 <= span < len(trace.spans) else ""
-        return f"{trace.ops[index].name} on rank {rank}{where}" if parallel else f"{trace.ops[index].name} of the reference{where}"
+        return f"{name} on rank {rank}{where}" if k else f"{name} of the reference{where}"
