@@ -264,8 +264,8 @@ class Terms(Powers):
         """Where both are negative, as a minimum: see there."""
         f = self.field.maximum(a.f, b.f)
         number, x = one_number(self, a, b)
-        if number is not None and number.f.num.item() < 0 and self._has_sign(x, NEGATIVE):
-            return TermValue(f, self.ids(self.neg(self.minimum(self.neg(number), self.neg(x)))))
+        if number is not None and number.f.num.item() < 0 and self._has_sign(x, NEGATIVE) and self._has_sign(opposite := self.neg(x), POSITIVE):
+            return TermValue(f, self.ids(self.neg(self.minimum(self.neg(number), opposite))))
         return self._value(f, lambda prints: self.elements.greatest(np.stack([self._flat(a, f.shape), self._flat(b, f.shape)], 1), prints))
 
     def minimum(self, a, b):

@@ -94,6 +94,24 @@ def f_agrees(r) -> bool:
     return any(len(ids) == len(r.ids[0][-1]) and (ids == r.ids[0][-1]).all() for ids in r.ids[1])
 
 
+def twice_an_exponential(m, x):
+    """Positive, as a difference of which no sign is known."""
+    e = m.exp(m.sum(x))
+    return m.sub(m.mul(e, m.add(e, m.const(2))), m.mul(e, e))
+
+
+@pytest.mark.parametrize("unsigned_first", [True, False])
+def test_a_negative_value_whose_opposite_has_no_known_sign(unsigned_first):
+    """maximum and minimum turn to each other: not for ever."""
+    def program(m, x):
+        def negative():
+            return m.scale(m.exp(m.sum(x)), -2)
+        made = [f() for f in ((lambda: twice_an_exponential(m, x), negative) if unsigned_first else (negative, lambda: twice_an_exponential(m, x)))]
+        return (*made, m.maximum(negative(), m.const(-3)), m.minimum(twice_an_exponential(m, x), m.const(3)))
+    r = run(program, program, (3,))
+    assert mistakes(r) == [] and r.proved().all()
+
+
 # ---- rows
 TABLE = standard_table(())
 
