@@ -15,7 +15,7 @@ from trainverify.capture.encode import dtype_name
 from trainverify.capture.model import is_real_float, named_buffers, named_parameters, place, whole_tensor
 from trainverify.capture.quiet import unseen
 from trainverify.capture.recorder import Recorder
-from trainverify.capture.meta import META
+from trainverify.capture.meta import META, refusal
 from trainverify.capture.tags import NARROW, Tagger
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.ir.trace import TensorRef
@@ -169,8 +169,9 @@ class Symbols:
             if key not in index:
                 kind, symbol = self.names.get(place(torch.view_as_real(plain)) if plain.is_complex() else key, ("", ""))
                 index[key] = len(tensors)
-                data = b"" if plain.is_meta else contents(plain).tobytes()
-                tensors.append(HandedTensor(dtype_name(plain.dtype), tuple(plain.shape), data, kind, symbol, plain.is_meta))
+                valueless = plain.is_meta and bool(symbol or not plain.numel())
+                data = b"" if valueless else contents(self._valued(plain)).tobytes()
+                tensors.append(HandedTensor(dtype_name(plain.dtype), tuple(plain.shape), data, kind, symbol, valueless))
             return index[key]
 
         states = [chunk.state_dict(keep_vars=True) for chunk in chunks]      # hooks of the program may compute in it
@@ -182,6 +183,13 @@ class Symbols:
                         weights[f"chunk{i}.{name}" if name in weights else name] = add(value)
             spec, leaves = self._batch(batch, add) if batch is not None else ("", [])
         return Handed(tensors, weights, spec, leaves)
+
+    def _valued(self, plain: torch.Tensor) -> torch.Tensor:
+        """At full size: what is no symbol must have values (a small table that comes from integers)."""
+        known = self.recorder.floats.value(plain) if plain.is_meta else plain
+        if known is None:
+            raise Fault(refusal(f"a float tensor of sizes {list(plain.shape)} that is handed over and no symbol", "it has no values", None, self.recorder.rank))
+        return known
 
     @staticmethod
     def _batch(batch: Any, add) -> tuple[str, list]:

@@ -312,3 +312,34 @@ def test_symbols_of_one_memory_are_refused(tmp_path):
     (tmp_path / "spec.py").write_text(STATE)
     done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=1, case={"optimizer": "twice"}))
     assert {d.code for d in done.diagnostics} == {"SPEC010"}
+
+
+FIXED = """
+import torch
+import trainverify as tv
+
+def training(model, batch):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    def step():
+        (model(batch["x"]) * batch["table"][:, :1]).sum().backward()
+        optimizer.step()
+    return tv.Training(model, step, batch=batch)
+
+def reference(rows=8):
+    return training(torch.nn.Linear(1 << 10, 1 << 8), {"x": torch.ones(rows, 1 << 10), "table": tv.fixed(torch.arange(rows * 16).reshape(rows, 16).float().cos())})
+
+def parallel(ref, rows=8):
+    return training(torch.nn.Linear(1 << 10, 1 << 8), ref.batch)
+"""
+
+
+@pytest.mark.parametrize("rows, code", [(8, None), (1 << 14, "META001")])
+def test_floats_of_the_batch_that_are_no_symbols_keep_their_values_or_are_refused(tmp_path, rows, code):
+    (tmp_path / "spec.py").write_text(FIXED)
+    done = capture(load_spec(tmp_path / "spec.py"), CaptureOptions(steps=1, full_size=True, timeout=60, ranks=1, case={"rows": rows}))
+    assert [d.code for d in done.diagnostics] == [code] * (code is not None)
+    if code is None:
+        (trace,), (blobs,) = done.parallel.traces, done.parallel.blobs
+        (table,) = [c.args[1] for c in trace.ops if c.name == "tv.data" and "table" in c.args[0]]
+        held = torch.from_numpy(blobs[f"init.{table.storage}"].copy()).view(torch.float32)
+        assert torch.equal(held, torch.arange(rows * 16).float().cos())
