@@ -110,3 +110,28 @@ def test_numbers_that_left_tensors_are_what_they_are_in_what_is_counted(wrong):
     report = verified(reference, parallel, 2)
     assert report.verdict == ("REFUTED" if wrong else "PROVED")
     assert not wrong or {o.name for o in report.outputs if o.verdict == "REFUTED"} == {"named", "listed"}
+
+
+# ---- weights of classes
+
+@pytest.mark.parametrize("by", ["weights", "targets"])
+def test_a_weighted_mean_divides_by_weights_and_not_by_how_many_targets_there_are(by):
+    def build(weights, batch, how):
+        model, classes = nn.Linear(24, 30, bias=False), 1.0 + torch.arange(30) % 3
+        if weights is not None:
+            model.load_state_dict(weights)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            y, total = model(batch["x"]), classes[batch["y"]].sum() if how == "weights" else (batch["y"] >= 0).sum()
+            loss = F.cross_entropy(y, batch["y"], classes) if how == "mean" else F.cross_entropy(y, batch["y"], classes, reduction="sum") / total
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss}
+        return tv.Training(model, step, batch=batch)
+
+    def reference():
+        return build(None, {"x": torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), "y": torch.arange(16) * 7 % 30}, "mean")
+
+    report = verified(reference, lambda ref: build(ref.weights, ref.batch, by), 1)
+    assert report.verdict == ("PROVED" if by == "weights" else "REFUTED"), report.outputs
