@@ -13,17 +13,22 @@ from trainverify.kernel.store import ZERO_ID, Store
 from trainverify.relate.structure import Structure, divided, packed
 
 SAMPLE = 4                                    # elements that are tried before a factor is tried on all
+MOST_COUNTS = 8                               # numbers that the reference divides by, and that become factors
+LARGEST_COUNT = 1 << 32
 
 
 class Dictionary:
     """Fingerprints of the reference's elements, the earliest of each; factors in the order in which they are tried.
 
     Of elements that could not be proved to be the earliest with their fingerprint (the gradients of the biases of all keys are zero,
-    which takes a long proof), marks by structure besides.
+    which takes a long proof), marks by structure besides. What the reference divides by early (a number of tokens) is a factor too: others
+    may divide later.
     """
 
     def __init__(self, store: Store, factors: Iterable[Fraction] = ()):
         self.factors = tuple(dict.fromkeys(factors))
+        self._sizes = [c for c in self.factors if c.denominator == 1 and c > 1]
+        self._store, self._counts = store, 0
         self._structure = Structure(store)
         self._ids, self._ambiguous, self._others = HashTable(), HashTable(), HashTable()
         self._zero: int | None = None
@@ -34,8 +39,18 @@ class Dictionary:
 
     def learn(self, prints: np.ndarray, ids: np.ndarray) -> None:
         self._ids.put(prints, ids[:, None])
+        if len(ids) == 1 and (q := self._store.constants.get(int(ids[0]))) is not None:
+            self._count(q)
         if self._zero is None and (ids == ZERO_ID).any():
             self._zero = int(prints[ids == ZERO_ID][0])
+
+    def _count(self, q: Fraction) -> None:
+        """A number that the reference multiplies with: if it is one over a count, the count is a factor, also with sizes of groups."""
+        n = Fraction(q.denominator)
+        if abs(q.numerator) == 1 and 1 < n < LARGEST_COUNT and n not in self.factors and self._counts < MOST_COUNTS:
+            self._counts += 1
+            near = [n, *(n * s for s in self._sizes), *(n / s for s in self._sizes)]
+            self.factors = tuple(dict.fromkeys([*self.factors, *(f for c in near for f in (c, 1 / c))]))
 
     def ambiguous(self, prints: np.ndarray) -> np.ndarray:
         return self._ambiguous.get(prints)[0] if self._is_ambiguous else np.zeros(len(prints), bool)
