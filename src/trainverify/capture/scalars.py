@@ -188,7 +188,7 @@ def _math_function(name: str, function: Callable) -> Callable:
     """math.<name>, which keeps or reports tracked arguments."""
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        for a in args:
+        for a in (*args, *kwargs.values()) if kwargs else args:
             if type(a) not in _PLAIN_NUMBERS:
                 break
         else:

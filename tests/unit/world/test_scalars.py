@@ -103,7 +103,8 @@ def test_comparisons_are_decisions(ledger, x, compare, decision):
 @pytest.mark.parametrize(("strip", "how"), [
     (float, "float"), (int, "int"), (round, "round"), (math.floor, "floor"), (math.ceil, "ceil"), (lambda x: math.gamma(x), "math.gamma"),
     (pickle.dumps, "pickle"), (lambda x: x.hex(), "hex"), (lambda x: np.ones(2) * x, "numpy.multiply"),
-    (lambda x: x * np.ones(2), "numpy.multiply"), (np.sqrt, "numpy.sqrt"), (lambda x: (-x) ** 0.5, "complex pow")])
+    (lambda x: x * np.ones(2), "numpy.multiply"), (np.sqrt, "numpy.sqrt"), (lambda x: (-x) ** 0.5, "complex pow"),
+    (lambda x: math.isclose(0.0, 1.0, abs_tol=x), "math.isclose")])
 def test_what_strips_the_origin_is_told(ledger, x, strip, how):
     expected = strip(2.5)
     assert np.all(strip(x) == expected) or isinstance(expected, bytes)
