@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trainverify.kernel.linear import Shares
 from trainverify.kernel.patterns import Pattern, Patterns
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_order, canonical_rows, distinct, instantiate, template
@@ -34,6 +35,7 @@ LOOK = 300                                    # identifiers at which a look for 
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 PATIENCE = 200_000                            # effort that a run may lose to claims that fail, plus half the number of identifiers; then it unfolds no more
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
+SHARES = 64                                   # summands up to which a sum may be one of shares
 SUMS = 32                                     # rows of a call that are tried as long sums
 CHUNK = 1 << 21                               # leaves that are named at once
 SIMPLE = 1 << 20                              # constants with larger numerators or denominators are leaves
@@ -104,6 +106,7 @@ class Claims:
         self._constants = 0
         self._stubborn = np.zeros(0, bool)                       # not proved to be what its fingerprint says
         self._short_first = self._too_large = self._plainly = False
+        self._shares = Shares(store, self._are_sums)
 
     # ---- rows to identifiers
     def resolve(self, kind: str, attr, rows: np.ndarray, prints: Prints) -> np.ndarray:
@@ -291,6 +294,38 @@ class Claims:
         ok, before = np.zeros(len(rows), bool), self._effort
         self._sync()
         reps = np.where((reps >= 0) & (reps < self.store.n), reps, GARBAGE)      # a guess may be anything
+        is_sum = self.store.ops[code][0][0] == "add" and rows.shape[1] <= SHARES
+        if is_sum:
+            self._sums_of_shares(rows, reps, c, ok, ((self._shape[rows] == LEAF) & self.store.is_open[rows]).any(1))     # too large to be written out
+        self._by_terms(code, rows, reps, c, ok)
+        if is_sum:
+            self._sums_of_shares(rows, reps, c, ok, self.store.is_open[rows].any(1))
+        if not ok.any():
+            self.wasted += self._effort - before
+        return ok
+
+    def _sums_of_shares(self, rows: np.ndarray, reps: np.ndarray, c: Fraction, ok: np.ndarray, which: np.ndarray) -> None:
+        left = np.flatnonzero(which & ~ok)
+        if left.size and self._is_patient():
+            before = self._shares.effort
+            ok[left] = self._shares.sums(rows[left], reps[left], c)
+            self._effort += self._shares.effort - before
+            self.counts["proved shares"] += int(ok[left].sum())
+
+    def _are_sums(self, rows: np.ndarray, reps: np.ndarray, c: Fraction) -> np.ndarray:
+        """Which sums of rows are c times reps, written out."""
+        code = self.store.operation("add", None, rows.shape[1])
+        ok = (self.store.known(code, rows)[0] == reps) & (c == 1)
+        left = np.flatnonzero(~ok)
+        if left.size:
+            shown = np.zeros(left.size, bool)
+            self._by_terms(code, rows[left], reps[left], c, shown)
+            ok[left] = shown
+        return ok
+
+    def _by_terms(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction, ok: np.ndarray) -> None:
+        """Prove what is left of the claims rows = c * reps by obligations over leaves."""
+        self._sync()
         simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
         defined = np.flatnonzero((self.store.code[reps] > 0) | simple)
         for limit, self._short_first in LADDER:
@@ -309,9 +344,6 @@ class Claims:
                 break
         if self.store.ops[code][0][0] in ("add", "sub"):
             self._long_sums(code, rows, reps, c, ok)
-        if not ok.any():
-            self.wasted += self._effort - before
-        return ok
 
     def _long_sums(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction, ok: np.ndarray) -> None:
         """Sums of more summands than a term may have leaves."""
@@ -438,7 +470,7 @@ class Claims:
     def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> tuple[np.ndarray, np.ndarray]:
         """Replace some leaves by their definitions and settle what results: at which positions, and which rows are proved."""
         none, nowhere = np.zeros(len(rows), bool), np.zeros(0, I64)
-        if self.wasted >= PATIENCE + self.store.n // 2:
+        if not self._is_patient():
             self.counts["impatient"] += len(rows)
             return nowhere, none
         if len(rows) > 4 * PILOT:
@@ -454,6 +486,9 @@ class Claims:
             return nowhere, none
         hit = np.flatnonzero(np.isin(names, list(chosen)))
         return hit, self._unfold_at(key, rows, hit, split, limit, depth, obligation)
+
+    def _is_patient(self) -> bool:
+        return self.wasted < PATIENCE + self.store.n // 2
 
     def _unfold_at(self, key, rows: np.ndarray, hit: np.ndarray, split: int, limit: int, depth: int, obligation: Obligation | None) -> np.ndarray:
         """Which rows are proved with the definitions of the identifiers at some positions."""
