@@ -193,7 +193,7 @@ def _math_function(name: str, function: Callable) -> Callable:
                 break
         else:
             return function(*args, **kwargs)
-        tracked = list(_tracked(args))
+        tracked = list(_tracked((args, kwargs)))
         if not tracked:
             return function(*args, **kwargs)
         if name == "prod" and not kwargs:
