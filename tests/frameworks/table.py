@@ -84,10 +84,7 @@ TORCHTITAN = [
     Case("torchtitan_llama3_405b.py", ranks=8),
     Case("torchtitan_deepseek_v3.py", {"dp": 2, "ep": 2}, quick=True),
     Case("torchtitan_deepseek_v3.py", {"dp": 4, "ep": 2}, ranks=4),
-    Case("torchtitan_deepseek_v3.py", {"tp": 2, "ep": 2}, expected="UNKNOWN",
-         why="equal in the field: each rank's share of the gradients goes through the backward of the latent norms before they are summed, "
-             "and the shares' terms are longer than the proof writes out; so the scores by which step 2 routes are not proved to be the reference's, "
-             "which withholds every verdict (REL017)"),
+    Case("torchtitan_deepseek_v3.py", {"tp": 2, "ep": 2}),
     Case("wrong/torchtitan_tokens_not_summed.py", expected="REFUTED", place=("torchtitan/components/loss.py", "loss = loss / global_valid_tokens"), quick=True),
 ]
 
