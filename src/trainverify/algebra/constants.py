@@ -169,6 +169,7 @@ class Constants:
         self._seed = seed
         self._known: dict[float, Entry] = {}
         self._single: dict[float, torch.Tensor] = {}   # residues of single contents
+        self._meanings: dict[float, tuple[Fraction, int] | None] = {}
         self._sorted: list[float] = []        # canonical values of both sides
         self._reference: list[float] = []     # canonical values of the reference
         self._data: list[np.ndarray] = []     # float32 data of the reference with many significant bits
@@ -376,14 +377,9 @@ class Constants:
         """What a settled positive content is: (q, n) for the n-th root of the rational q; None for any other number."""
         if _is_exact(v):
             return Fraction(v), 1
-        known = self._known[v].meaning
-        if known is not None:
-            return known
-        for root in (2, 4):
-            f = _near_power(v, root, 1 << 26)
-            if f is not None:
-                return f, root
-        return None
+        if v not in self._meanings:
+            self._meanings[v] = self._known[v].meaning or next(((f, root) for root in (2, 4) if (f := _near_power(v, root, 1 << 26)) is not None), None)
+        return self._meanings[v]
 
     # ---- residues
     def residues(self, x: torch.Tensor) -> torch.Tensor:

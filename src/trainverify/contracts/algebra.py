@@ -19,6 +19,7 @@ from trainverify.algebra.real import Real
 from trainverify.algebra.terms import TermValue
 from trainverify.contracts.evaluate import Evaluator
 from trainverify.contracts.graph import FIRST, LEAF, Graph
+from trainverify.contracts.guess import Guesses, Numbers
 from trainverify.contracts.patterns import CONSTANT, I32, I64, UNKNOWN, Blocks, Pattern, Patterns, bits, contents, through
 from trainverify.contracts.theorems import Theorem, Theorems
 from trainverify.kernel.store import sign_of
@@ -83,7 +84,8 @@ class Contracts:
         self._firsts = np.array([*firsts, len(values)], I64)
         real = Real(None)
         parts = np.split(values, self._firsts[1:-1]) if len(firsts) else []
-        self.theorems = Theorems(self.graph, self.evaluator, real, [real.data(torch.from_numpy(part)) for part in parts])
+        self.numbers = Numbers(self.graph, self.evaluator, real, [real.data(torch.from_numpy(part)) for part in parts])
+        self.theorems = Theorems(self.graph, self.evaluator, Guesses(self.graph, self.numbers, factors))
         for n in np.diff(self._firsts).tolist():
             self.graph.add(LEAF, (), n, True)
         self.nodes = Nodes(self.graph, self.evaluator.field.constants.meaning)

@@ -6,25 +6,19 @@ another block of the same form if the reference did the same operations on that 
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-import torch
 
-from trainverify.algebra.real import Real, RealValue
 from trainverify.algebra.terms import Terms, TermValue
 from trainverify.contracts.evaluate import Evaluator, prints_of
 from trainverify.contracts.graph import Graph
+from trainverify.contracts.guess import Guesses
 from trainverify.contracts.patterns import CONSTANT, I32, I64, Blocks, Pattern
 from trainverify.kernel.store import ZERO_ID
 
-DEPTH, NEAR, HOLDERS = 40, 6, 64                       # operations between leaves and what a block may be; blocks that hold one number
-SAME, SMALL = 1e-10, 1e-6                     # relative: numbers that may be equal; elements that are too small to tell anything
-SAMPLE = 32                                   # elements that are looked for before all are
-EFFORT = 8_000                               # operations evaluated for all theorems: a program that needs more does not repeat itself
+EFFORT = 8_000                                # operations evaluated for all theorems: a program that needs more does not repeat itself
 VARIANTS = 3                                  # theorems of one form: the reference may do different things with such leaves
 
 
@@ -48,11 +42,8 @@ class Theorem:
 
 
 class Theorems:
-    def __init__(self, graph: Graph, evaluator: Evaluator, real: Real, symbols: Sequence[RealValue]):
-        """real: float64; symbols: the recorded values of the first blocks, flat."""
-        self._graph, self._evaluator, self._real = graph, evaluator, real
-        self._numbers: dict[int, RealValue] = dict(enumerate(symbols))
-        self._order: tuple[np.ndarray, np.ndarray] | None = None
+    def __init__(self, graph: Graph, evaluator: Evaluator, guesses: Guesses):
+        self._graph, self._evaluator, self._guesses = graph, evaluator, guesses
         self._of_form: dict[int, list[Theorem | None]] = {}
         self.counts = {"forms": 0, "theorems": 0, "applied": 0, "evaluated": 0}
 
@@ -104,7 +95,7 @@ class Theorems:
     # ---- proving
     def _prove(self, block: int, leaves: Blocks) -> Theorem | None:
         best, most = None, 0
-        for factor, likely in self._likely(block, leaves):
+        for factor, likely in self._guesses.likely(block, leaves):
             needed = sorted(likely)           # the theorem speaks of nothing else of the reference
             others = tuple(sorted({x for b in needed for x in self._graph.operands[b]} - likely - set(leaves)))
             slot, place, hit = self._attempt(block, (*leaves, *others), needed, factor)
@@ -118,120 +109,6 @@ class Theorems:
             if hit.all():
                 break
         return best
-
-    # ---- guesses
-    def _likely(self, block: int, leaves: Blocks) -> Iterable[tuple[Fraction, set[int]]]:
-        """Factors, and blocks of the reference that the block may consist of with all that they are computed from, by the recorded numbers."""
-        mine = self._number_of(block)
-        mine = mine[np.isfinite(mine)]
-        size = float(np.abs(mine).max(initial=0.0))
-        if not size:
-            return
-        some = mine[np.abs(mine) > SMALL * size]
-        sample = some[np.unique(np.linspace(0, len(some) - 1, SAMPLE).astype(I64))]
-        below: dict[int, set[int] | None] = dict.fromkeys(leaves, set())
-        for factor in (Fraction(1), *self._evaluator.factors):
-            found = self._among(sample / float(factor))
-            if not found.any():
-                continue
-            hit, likely = self._holders(some / float(factor), dict(below))
-            if not hit.all():                 # elements that do not depend on all operands
-                more, others = self._holders(some[~hit] / float(factor), dict.fromkeys((*leaves, *likely), set()), loosely=True)
-                hit[~hit] = more
-                likely |= others
-            for b in sorted(likely & set(leaves)):        # what a leaf is, as far as other leaves say
-                above = {x: parts for x, parts in below.items() if x != b and parts is not None and b not in parts}
-                parts = self._computed(b, dict(above), DEPTH, False, {}) or self._computed(b, dict(above), NEAR, True, {})
-                likely = likely | parts if parts else likely - {b}
-            if hit.any():
-                yield factor, likely
-
-    def _holders(self, wanted: np.ndarray, below: dict[int, set[int] | None], loosely: bool = False) -> tuple[np.ndarray, set[int]]:
-        """Which numbers blocks hold that can be computed from what `below` has, and those blocks with all that they are computed from.
-        loosely: some of their operands are enough."""
-        low, high = self._range(wanted)
-        owners = self._sorted()[1]
-        hit, out, chosen, failed = np.zeros(len(wanted), bool), set(), set(), {}
-        for i in np.flatnonzero(high > low).tolist():
-            holders = dict.fromkeys(owners[low[i]:min(high[i], low[i] + HOLDERS)].tolist())
-            if not chosen.isdisjoint(holders):
-                hit[i] = True
-                continue
-            for b in holders:
-                is_leaf = below.get(b) == set()
-                parts = {b} if is_leaf else self._computed(b, below, NEAR if loosely else DEPTH, loosely, failed)
-                if parts is not None:
-                    hit[i] = True
-                    chosen.add(b)
-                    out |= parts
-                    break
-        return hit, out
-
-    def _range(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the reference's numbers the wanted ones are."""
-        numbers, room = self._sorted()[0], SAME * np.abs(wanted)
-        return np.searchsorted(numbers, wanted - room), np.searchsorted(numbers, wanted + room)
-
-    def _among(self, wanted: np.ndarray) -> np.ndarray:
-        low, high = self._range(wanted)
-        return high > low
-
-    def _computed(self, block: int, below: dict[int, set[int] | None], depth: int, loosely: bool, failed: dict[int, int]) -> set[int] | None:
-        """The block with all that it is computed from, down to the leaves; None: not from the leaves alone (loosely: not at all), or by a long way.
-        failed: how deep was looked below blocks for nothing."""
-        if block in below:
-            return below[block]
-        operands = self._graph.operands[block]
-        if not operands or depth <= failed.get(block, 0):
-            return None
-        parts, some = {block}, False
-        for x in operands:
-            more = self._computed(x, below, depth - 1, loosely, failed)
-            if more is not None:
-                parts |= more
-                some = True
-            elif not loosely:
-                some = False
-                break
-        if not some:
-            failed[block] = depth
-            return None
-        below[block] = parts
-        return parts
-
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """All numbers of the reference in order, and their blocks."""
-        if self._order is None:
-            g = self._graph
-            held = [b for b in range(len(g.signature)) if g.of_reference[b]]
-            numbers = np.concatenate([self._number_of(b) for b in held] or [np.zeros(0)])
-            owners = np.repeat(np.array(held, np.int32), [g.size[b] for b in held])
-            keep = np.isfinite(numbers) & (numbers != 0)
-            numbers, owners = numbers[keep], owners[keep]
-            order = np.argsort(numbers, kind="stable")
-            self._order = numbers[order], owners[order]
-        return self._order
-
-    def _number_of(self, block: int) -> np.ndarray:
-        """The block's elements at the recorded inputs, in float64."""
-        todo, g = [block], self._graph
-        while todo:
-            b = todo[-1]
-            missing = [x for x in g.operands[b] if x not in self._numbers]
-            if missing:
-                todo += missing
-                continue
-            todo.pop()
-            if b not in self._numbers:
-                self._numbers[b] = self._evaluated_in_float64(b)
-        return self._numbers[block].t.numpy()
-
-    def _evaluated_in_float64(self, block: int) -> RealValue:
-        s = self._graph.signatures[self._graph.signature[block]]
-        if s.name == "opaque" and not self._real.knows(s.attr):
-            return RealValue(torch.full((self._graph.size[block],), math.nan, dtype=torch.float64))     # nothing is guessed of it
-        value = self._evaluator.apply(self._real, s, [self._numbers[x] for x in self._graph.operands[block]])
-        return self._real.reshape(value, (self._graph.size[block],))
 
     def _attempt(self, block: int, leaves: Blocks, candidates: list[int], factor: Fraction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Per element of the block: the leaf or candidate (counted through) and place that it is proved to be, times the factor, and whether any is."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainverify.contracts import algebra, theorems
+from trainverify.contracts import algebra, guess, theorems
 from trainverify.contracts.patterns import CONSTANT, Patterns, contents
 from trainverify.engine.analysis import survey
 from trainverify.engine.contracts import prove_by_contracts
@@ -140,7 +140,7 @@ def numbers(m: algebra.Contracts, v: algebra.Value) -> np.ndarray:
     out = np.zeros(len(p.slot))
     for k, block in enumerate(v.blocks):
         at = p.slot == k
-        out[at] = m.theorems._number_of(block)[p.place[at]]
+        out[at] = m.numbers.of(block)[p.place[at]]
     fixed = p.slot == CONSTANT
     out[fixed] = contents(p.place[fixed]).numpy()
     return out
@@ -173,7 +173,7 @@ def test_equal_layers_cost_one(spec):
 
 def test_guesses_decide_nothing(spec, monkeypatch):
     """Blocks guessed at random: what is proved then is still right, and wrong programs are not proved."""
-    plain = theorems.Theorems._likely
+    plain = guess.Guesses.likely
 
     def random(self, block, leaves):
         chosen = np.random.default_rng(block)
@@ -181,7 +181,7 @@ def test_guesses_decide_nothing(spec, monkeypatch):
         for factor in (Fraction(1), Fraction(2)):
             yield factor, set(chosen.choice(held, 3).tolist())
         yield from plain(self, block, leaves)
-    monkeypatch.setattr(theorems.Theorems, "_likely", random)
+    monkeypatch.setattr(guess.Guesses, "likely", random)
     for wrong in ("sigmoid", "slice", "scaled"):
         assert prove(*captured(spec, layers=2, wrong=wrong)) is None
     assert prove(*captured(spec, layers=2)) is not None
