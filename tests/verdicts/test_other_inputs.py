@@ -1,4 +1,6 @@
 """A difference that the recorded inputs do not show is refuted by others that take the same decisions, and by nothing that rounding can do."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,17 @@ def test_inputs_that_would_decide_otherwise_show_nothing():
         return compute
     report = compare_forward(forward(1.0), forward(2.0))
     assert report.verdict == "UNKNOWN" and not any(o.verdict == "REFUTED" for o in report.outputs)
+
+
+@pytest.mark.parametrize("floor", [torch.floor, lambda s: int(s.item()), lambda s: math.floor(float(s)), lambda s: int(s.tolist())], ids=["tensor", "int", "float", "list"])
+def test_what_python_makes_of_a_number_is_not_known_elsewhere(floor):
+    """int(s) is what it was recorded as, which s is not at other inputs."""
+    def forward(of):
+        def compute(y):
+            return (y * of(2.5 + 0.02 * y.sum())).sum()
+        return compute
+    report = compare_forward(forward(torch.floor), forward(floor))
+    assert report.verdict == ("PROVED" if floor is torch.floor else "UNKNOWN"), [(o.kind, o.reason) for o in report.outputs]
 
 
 class Attention(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Replays both programs in float64 on other inputs than the recorded ones (trusted: a difference found here refutes).
 
 Integers, Python's branches and the places of elements stay as they were recorded. A trial therefore counts only if every decision would have
-fallen as it did: its operands are looked at again. Masks, maxima and the like are computed from the trial's own values.
+fallen as it did (its operands are looked at again), and if what left for Python untracked is what it was. Masks, maxima and the like are computed from the trial's own values.
 
 `elsewhere` looks for a witness of a difference that the field sees and the recorded inputs do not show: a norm that does not clip there, a
 unit that is off. It counts if it is far beyond what rounding can do, which is measured: both programs again, with every input and the result of
@@ -9,21 +9,23 @@ every operation perturbed a little, so that what cancellation or saturation leav
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from trainverify.algebra.base import Complex
 from trainverify.algebra.real import Real, RealValue
-from trainverify.ir.trace import OpCall, Program
+from trainverify.ir.trace import OpCall, Program, ScalarRef
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Comparison, Key, Piece
 from trainverify.relate.decisions import CHOOSES, is_idle
 from trainverify.relate.symbols import Binder, Symbols
 from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Decision, Hooks, Machine
+from trainverify.replay.memory import is_float
 from trainverify.replay.run import World, replay
 
 MOST_WORK = 150_000                           # calls of all trials together, a thousand elements counting as one
@@ -89,6 +91,19 @@ class Witness:
     found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
+class Ran(NamedTuple):
+    """What is compared, every decision, the floats that left for Python untracked, and whether some operation has no known meaning."""
+
+    comparison: Comparison
+    decisions: list[tuple[Machine, Decision]]
+    told: list[torch.Tensor]
+    strange: bool
+
+    def takes_the_way_of(self, other: Ran) -> bool:
+        """Whether Python would do the same: it decides alike, and was told the same numbers, of which nobody knows what it makes (int, round, a list)."""
+        return fall_alike(other.decisions, self.decisions) and len(self.told) == len(other.told) and all(map(torch.equal, self.told, other.told))
+
+
 class Inputs:
     """Both programs, to be replayed with given values of the symbols."""
 
@@ -101,15 +116,18 @@ class Inputs:
         values = Shaken(None, nudge, seed).shake(values)
         return self.run(values, Shaken(lambda numbers: values[numbers], nudge, seed + 1))
 
-    def run(self, values: torch.Tensor, m: Trial | None = None) -> tuple[Comparison, list[tuple[Machine, Decision]], bool]:
-        """(what is compared, every decision, whether some operation has no known meaning)."""
-        m, worlds = m or Trial(lambda numbers: values[numbers]), []
+    def run(self, values: torch.Tensor, m: Trial | None = None) -> Ran:
+        m, worlds, told = m or Trial(lambda numbers: values[numbers]), [], []
+
+        def before(machine: Machine, call: OpCall) -> None:
+            if call.name == "tv.escape" and (isinstance(call.args[1], ScalarRef) or is_float(call.args[1].dtype)):
+                told.extend(_plain([machine.value(m, call.args[1])]))
         for program in self.programs.values():
             binder = Binder(self.symbols, [m])
-            worlds.append(replay(program, [m], self.table, Hooks(symbol=binder.symbol, bind=binder.bind)))
+            worlds.append(replay(program, [m], self.table, Hooks(symbol=binder.symbol, bind=binder.bind, before=(before,))))
         comparison = Comparison(self.symbols, [m], *worlds, like=self.like)
         comparison.run()
-        return comparison, decisions_of(worlds), any(machine.diagnostics for w in worlds for machine in w.machines)
+        return Ran(comparison, decisions_of(worlds), told, any(machine.diagnostics for w in worlds for machine in w.machines))
 
 
 def elsewhere(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, like: Comparison, wanted: dict[Key, list[int]], rounded: bool,
@@ -124,10 +142,10 @@ def elsewhere(reference: Program, parallel: Program, table: OpTable, symbols: Sy
         return {}
     recorded = torch.from_numpy(symbols.values).clone()
     try:
-        base, fell, strange = inputs.run(recorded)
+        base = inputs.run(recorded)
     except (ReplayError, RuntimeError):       # an operation without a meaning, or one that refuses
         return {}
-    if strange:
+    if base.strange:
         return {}
     out: dict[Key, Witness] = {}
     for done, (how, values) in enumerate(_others(symbols, recorded)):
@@ -135,7 +153,7 @@ def elsewhere(reference: Program, parallel: Program, table: OpTable, symbols: Sy
         if not left or allowed < 1 + 2 * NUDGES:
             break
         progress("other inputs", how, done / 8)
-        found, used = _at(inputs, values, fell, base, left, NUDGE_ROUNDED if rounded else NUDGE)
+        found, used = _at(inputs, values, base, left, NUDGE_ROUNDED if rounded else NUDGE)
         allowed -= used
         out |= {key: Witness(values, how, pieces) for key, pieces in found.items()}
     return {key: w for key, w in out.items() if not _rests_on_a_gradient(key, wanted, out)}
@@ -167,17 +185,19 @@ def _others(symbols: Symbols, recorded: torch.Tensor) -> Iterator[tuple[str, tor
     yield "weights and inputs times -1", torch.where(free, -recorded, recorded)
 
 
-def _at(inputs: Inputs, values: torch.Tensor, fell: list, base: Comparison, wanted: dict[Key, list[int]], nudge: float):
+def _at(inputs: Inputs, values: torch.Tensor, base: Ran, wanted: dict[Key, list[int]], nudge: float):
     """({output: its pieces that differ at these inputs}, replays that it took). Nothing counts where a decision falls otherwise."""
     try:
-        here, decisions, _ = inputs.run(values)
-        gaps = _gaps(here, base, wanted) if fall_alike(fell, decisions) else {}
+        ran = inputs.run(values)
+        here = ran.comparison
+        gaps = _gaps(here, base.comparison, wanted) if ran.takes_the_way_of(base) else {}
         if not gaps:
             return {}, 1
         noise: dict[tuple[Key, int], float] = {}
         for k in range(NUDGES):
-            near, decisions, _ = inputs.shaken(values, nudge, 2 * k)
-            if not fall_alike(fell, decisions):
+            shaken = inputs.shaken(values, nudge, 2 * k)
+            near = shaken.comparison
+            if not fall_alike(base.decisions, shaken.decisions):
                 return {}, 2 + k
             for key, piece in gaps:
                 noise[key, piece] = max(noise.get((key, piece), 0.0), _moved(here, near, key, piece))
@@ -268,5 +288,9 @@ def _same_order(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _operands(d: Decision) -> list[torch.Tensor]:
-    parts = [p for v in d.operands.get(Trial.name, ()) for p in ((v.re, v.im) if isinstance(v, Complex) else (v,))]
+    return _plain(d.operands.get(Trial.name, ()))
+
+
+def _plain(values: Iterable) -> list[torch.Tensor]:
+    parts = [p for v in values for p in ((v.re, v.im) if isinstance(v, Complex) else (v,))]
     return [p.t if isinstance(p, RealValue) else p for p in parts]
