@@ -1,7 +1,8 @@
 """Replays both programs in float64 on other inputs than the recorded ones (trusted: a difference found here refutes).
 
 Integers, Python's branches and the places of elements stay as they were recorded. A trial therefore counts only if every decision would have
-fallen as it did (its operands are looked at again), and if what left for Python untracked is what it was. Masks, maxima and the like are computed from the trial's own values.
+fallen as it did (its operands are looked at again), and if what left for Python untracked is what it was. Masks, maxima and the like are
+computed from the trial's own values.
 
 `elsewhere` looks for a witness of a difference that the field sees and the recorded inputs do not show: a norm that does not clip there, a
 unit that is off. It counts if it is far beyond what rounding can do, which is measured: both programs again, with every input and the result of
