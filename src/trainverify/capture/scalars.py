@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 
 from trainverify.capture.reentry import ReentrantMode
-from trainverify.capture.userframes import call_through
 from trainverify.ir.trace import ScalarRef
 
 
@@ -262,11 +261,11 @@ class ScalarMode(ReentrantMode):
     def _with_pending(self, func, args: tuple, kwargs: dict):
         pending = _pending(args, kwargs)
         if not pending:
-            return call_through(func, args, kwargs)
+            return self.call(func, args, kwargs)
         before = list(self.sink.pending_scalars)
         self.sink.pending_scalars.extend(pending)
         try:
-            return call_through(func, args, kwargs)
+            return self.call(func, args, kwargs)
         finally:
             self.sink.pending_scalars[:] = before
 
@@ -276,7 +275,7 @@ class ScalarMode(ReentrantMode):
         """A call that reads one element: its result and the reference that the recorder gave it."""
         self.sink.last_item, self.sink.reading = None, True
         try:
-            return call_through(func, args, kwargs), self.sink.last_item
+            return self.call(func, args, kwargs), self.sink.last_item
         finally:
             self.sink.reading = False
 
@@ -335,13 +334,13 @@ class ScalarMode(ReentrantMode):
         leaves = list(_leaves(data))
         inside = isinstance(data, (list, tuple)) and any(isinstance(x, torch.Tensor) for x in leaves)
         if not inside and not any(type(x) is TrackedFloat for x in leaves):
-            return call_through(func, args, kwargs)
+            return self.call(func, args, kwargs)
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            made = func(*args, **kwargs)       # for its dtype and size only
+            made = self.call(func, args, kwargs)      # for its dtype and size only
         if not made.dtype.is_floating_point:
             for x in _tracked(leaves):
                 x.plain(func.__name__)
-            return call_through(func, args, kwargs)
+            return self.call(func, args, kwargs)
         parts = [self._part(x, made.dtype) for x in leaves]
         whole = torch.stack(parts).reshape(made.shape) if isinstance(data, (list, tuple)) else parts[0]
         return whole.detach().requires_grad_(made.requires_grad)
@@ -364,7 +363,7 @@ class ScalarMode(ReentrantMode):
         """torch copies the storage of a plain tensor behind the dispatcher's back; clone is seen."""
         source, memo = args
         if type(source) is not torch.Tensor or not source.is_leaf or id(source) in memo or source.layout != torch.strided:
-            return call_through(func, args, kwargs)
+            return self.call(func, args, kwargs)
         with torch.no_grad():
             copied = source.detach().clone().requires_grad_(source.requires_grad)
             if source.grad is not None:

@@ -21,7 +21,7 @@ from trainverify.capture import cuda_stubs
 from trainverify.capture.patches import Patches
 from trainverify.capture.quiet import unseen
 from trainverify.capture.reentry import ReentrantMode
-from trainverify.capture.userframes import call_through, calling_file, is_user_file
+from trainverify.capture.userframes import calling_file, is_user_file
 
 NOTES: Mapping[str, str] = MappingProxyType({
     "CUDA001": "cuda devices are the cpu",
@@ -75,27 +75,37 @@ class DeviceMode(ReentrantMode):
         self.note = note
         tensor = torch.Tensor
         self._returns_self = {tensor.cuda: "Tensor.cuda()", tensor.pin_memory: "Tensor.pin_memory()"}
+        self._handlers = {torch.device: self.call, tensor.cuda: self._self, tensor.pin_memory: self._self, tensor.to: self._to, tensor.type: self._type}
 
     def handle(self, func, args: tuple, kwargs: dict):
-        if func is torch.device:               # the object may say cuda; it is rewritten where it is used
-            return call_through(func, args, kwargs)
-        if func in self._returns_self:
-            self.note("CUDA001", self._returns_self[func])
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and type(args[1]) is int:
+        handler = self._handlers.get(func)     # of torch.device: the object may say cuda; it is rewritten where it is used
+        return self._rewritten_call(func, args, kwargs) if handler is None else handler(func, args, kwargs)
+
+    def _self(self, func, args: tuple, kwargs: dict):
+        self.note("CUDA001", self._returns_self[func])
+        return args[0]
+
+    def _to(self, func, args: tuple, kwargs: dict):
+        if len(args) > 1 and type(args[1]) is int:
             args = (args[0], f"cuda:{args[1]}", *args[2:])
-        if func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
+        return self._rewritten_call(func, args, kwargs)
+
+    def _type(self, func, args: tuple, kwargs: dict):
+        if len(args) > 1 and isinstance(args[1], str):
             args = (args[0], args[1].replace("torch.cuda.", "torch."), *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs and is_user_file(calling_file(sys._getframe(1))):
+        if len(args) == 1 and not kwargs and is_user_file(calling_file(sys._getframe(1))):
             self.note("CUDA003", "Tensor.type()")
-            return call_through(func, args, kwargs).replace("torch.", "torch.cuda.", 1)
+            return self.call(func, args, kwargs).replace("torch.", "torch.cuda.", 1)
+        return self._rewritten_call(func, args, kwargs)
+
+    def _rewritten_call(self, func, args: tuple, kwargs: dict):
         for a in args:
             if isinstance(a, (str, torch.device)):
                 args = tuple([self._rewritten(func, a) for a in args])
                 break
         if kwargs:
             kwargs = self._keywords(func, kwargs)
-        return call_through(func, args, kwargs)
+        return self.call(func, args, kwargs)
 
     def _keywords(self, func, kwargs: dict) -> dict:
         device = kwargs.get("device")
