@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import zlib
 from collections.abc import Iterable
 
@@ -25,8 +26,14 @@ def crc(tensors: Iterable[torch.Tensor]) -> int:
                 t = t.contiguous()
             address = t.data_ptr()
             if address:                        # the memory may have been given back (FSDP)
-                value = _crc32((_byte * n).from_address(address), value)
+                value = _crc32(_bytes(n).from_address(address), value)
     return value
+
+
+@functools.lru_cache(4096)
+def _bytes(n: int) -> type:
+    """The type of n bytes in memory (ctypes keeps none that nobody uses, and making one is slow)."""
+    return _byte * n
 
 
 def contents(t: torch.Tensor) -> np.ndarray:
@@ -43,7 +50,7 @@ def storage_bytes(storage: torch.UntypedStorage) -> np.ndarray:
 def storage_crc(storage: torch.UntypedStorage) -> int:
     """crc32 of a storage's bytes; 0 where it has none in memory."""
     n = storage.nbytes()
-    return _crc32((_byte * n).from_address(storage.data_ptr())) if n and storage.device.type != "meta" else 0
+    return _crc32(_bytes(n).from_address(storage.data_ptr())) if n and storage.device.type != "meta" else 0
 
 
 def sampled_crc(storage: torch.UntypedStorage) -> int:

@@ -20,6 +20,7 @@ from trainverify.ir.trace import Arg, Name, ScalarRef, Sequence, Storage, Tensor
 
 _BOXED_REDUCE_OPS = {int(v): k.lower() for k, v in ReduceOp.RedOpType.__members__.items()}
 _BLANK = -1                                    # in the place of a checksum: a large storage that was zeroed, of which only what is read is looked at
+_STRIDED = torch.strided
 _INT64 = (-(1 << 63), (1 << 64) - 1)
 
 
@@ -55,7 +56,7 @@ class Encoder:
         self._ids: dict[int, int] = {}
         self._pins: list[StorageWeakRef] = []
         self._pending = pending_scalars
-        self._handlers: dict[type, Callable[[Any], Arg]] = {
+        self.handlers: dict[type, Callable[[Any], Arg]] = {
             type(None): _same, bool: _same, str: _same, int: self._int, float: self._float,
             list: self._sequence, tuple: self._sequence, torch.Size: self._sequence,
             torch.Tensor: self.read, torch.nn.Parameter: self.read,
@@ -96,7 +97,9 @@ class Encoder:
         sid = self._ids.get(storage._cdata)
         if sid is None:
             return None
-        nbytes, before = storage.nbytes(), self.present.get(sid, self.sizes[sid])
+        nbytes, before = storage.nbytes(), self.sizes[sid]
+        if sid in self.present:
+            before = self.present[sid]
         if nbytes == before:
             return None
         self.present[sid] = nbytes
@@ -116,12 +119,13 @@ class Encoder:
 
     def fresh(self, t: torch.Tensor) -> Arg:
         """A tensor of uninitialised memory: zero it, so that a capture is deterministic, and see whether anyone fills it unseen."""
-        _check_strided(t)
+        if t.layout is not _STRIDED:
+            raise _not_strided(t)
         storage = t.untyped_storage()
         clear(storage)
         sid = self.storage(storage, True)
         self._watched[sid] = _BLANK if is_large(storage) else self._crc(storage)
-        return _reference(t, sid)
+        return TensorRef(sid, t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
 
     def _as_found(self, t: torch.Tensor, sid: int) -> int:
         """The number under which a watched storage is read."""
@@ -138,24 +142,28 @@ class Encoder:
 
     # ---- values
     def tensor(self, t: torch.Tensor, made: bool) -> Arg:
-        _check_strided(t)
+        if t.layout is not _STRIDED:
+            raise _not_strided(t)
         if t.is_neg() or t.is_conj():
             raise LazyBits
-        sid = self.storage(t.untyped_storage(), made)
-        if not t.dtype.is_floating_point or sid in self._watched:
+        storage, dtype = t.untyped_storage(), t.dtype
+        sid = self._ids.get(storage._cdata)
+        if sid is None:
+            sid = self.storage(storage, made)
+        if sid in self._watched or not dtype.is_floating_point:
             if made:
                 self.wrote(t, sid)
             else:
                 sid = self._as_found(t, sid)
-        return _reference(t, sid)
+        return TensorRef(sid, t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[dtype])
 
     def read(self, t: torch.Tensor) -> Arg:
         return self.tensor(t, False)
 
     def arg(self, a: Any) -> Arg:
         """An argument, before the call."""
-        handler = self._handlers.get(type(a))
-        return handler(a) if handler is not None else self._other(a)
+        handler = self.handlers.get(type(a))
+        return handler(a) if handler is not None else self.other(a)
 
     def result(self, a: Any) -> Arg:
         """A returned value, after the call."""
@@ -178,14 +186,14 @@ class Encoder:
         return a if _INT64[0] <= a <= _INT64[1] else Name("opaque", f"integer {a}")
 
     def _sequence(self, a) -> Sequence:
-        handlers = self._handlers
+        handlers = self.handlers
         out = []
         for x in a:
             handler = handlers.get(type(x))
-            out.append(handler(x) if handler is not None else self._other(x))
+            out.append(handler(x) if handler is not None else self.other(x))
         return Sequence(tuple(out))
 
-    def _other(self, a: Any) -> Arg:
+    def other(self, a: Any) -> Arg:
         """What has no exact type of its own above."""
         if isinstance(a, torch.Tensor):
             return self.read(a)
@@ -202,13 +210,8 @@ class Encoder:
         return Name("opaque", type(a).__name__)
 
 
-def _check_strided(t: torch.Tensor) -> None:
-    if t.layout is not torch.strided:
-        raise NotStrided(str(t.layout).removeprefix("torch."))
-
-
-def _reference(t: torch.Tensor, sid: int) -> TensorRef:
-    return TensorRef(sid, t.storage_offset(), tuple(t.shape), t.stride(), _DTYPES[t.dtype])
+def _not_strided(t: torch.Tensor) -> NotStrided:
+    return NotStrided(str(t.layout).removeprefix("torch."))
 
 
 def _same(a: Arg) -> Arg:

@@ -32,6 +32,8 @@ from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, Sequence, T
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _active_mode = torch._C._get_dispatch_mode
+_no_functions = torch._C.DisableTorchFunction
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # Draws that make up data; those that look at what they are given (bernoulli, dropout) do not.
 _DRAWS = frozenset({"randn", "rand", "normal", "normal_", "uniform", "uniform_", "exponential_", "log_normal_"})
@@ -58,7 +60,7 @@ class Recorder(TorchDispatchMode):
         self.spans = Spans()
         self.blobs = self.encoder.blobs
         self.collectives = Collectives(self, channel)
-        self._infos: dict[Any, OpInfo] = {}
+        self._infos: dict[int, tuple[OpInfo, Any]] = {}    # by the op's id: its hash is a Python function. The op itself, so that the id stays its own
         self.scalar_values: list[float] = []
         self._valued: set[int] = set()         # scalars that have a value; all, unless floats have none
         self._noted: set[tuple[str, int, str]] = set()
@@ -95,29 +97,30 @@ class Recorder(TorchDispatchMode):
         return False                           # a wrapper around every call; nothing is compiled while we record
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if types:
+            for t in types:
+                if t not in _PLAIN and (_active_mode(_FAKE) is None or not any(issubclass(t, FakeTensor) for t in types)):
+                    return NotImplemented
+        if _active_mode(_FAKE) is not None:    # shape propagation of DTensor: these ops are not the program's
+            with _no_functions():
+                return func(*args, **(kwargs or {}))
+        known = self._infos.get(id(func))
+        info = self._info(func) if known is None else known[0]
         # Function modes see the program's calls, not ours.
-        with torch._C.DisableTorchFunction():
+        with _no_functions():
             try:
-                return self._dispatch(func, types, args, kwargs)
+                return self._record(info, func, args, kwargs) if info.route == opinfo.RECORD else self._special(info, func, args, kwargs or {})
             except NotStrided as e:
                 raise Fault(Diagnostic("CAP003", f"{func} works on a {e} tensor", span=self.spans.span(), ranks=(self.rank,),
                                        fix="Use dense tensors (Embedding(sparse=False)).")) from e
             except meta.NeedsValues as e:
                 raise Fault(meta.refusal(str(func), str(e), self.spans.span(), self.rank)) from e
 
-    def _dispatch(self, func, types, args, kwargs):
-        for t in types:
-            if t not in _PLAIN and (_active_mode(_FAKE) is None or not any(issubclass(t, FakeTensor) for t in types)):
-                return NotImplemented
-        if _active_mode(_FAKE) is not None:    # shape propagation of DTensor: these ops are not the program's
-            return func(*args, **(kwargs or {}))
-        info = self._infos.get(func) or self._info(func)
-        if info.route == opinfo.RECORD:
-            return self._record(info, func, args, kwargs)
-        return self._special(info, func, args, kwargs or {})
-
     def _info(self, func) -> OpInfo:
-        return self._infos.setdefault(func, opinfo.describe(func))
+        known = self._infos.get(id(func))
+        if known is None:
+            known = self._infos[id(func)] = opinfo.describe(func), func
+        return known[0]
 
     def _special(self, info: OpInfo, func, args, kwargs):
         route = info.route
@@ -152,15 +155,15 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, info: OpInfo, func, args, kwargs):
         encoder = self.encoder
-        arg = encoder.arg
+        read: list[torch.Tensor] = []
         try:
-            encoded = tuple([arg(a) for a in args])
-            keywords = {k: arg(v) for k, v in kwargs.items()} if kwargs else {}
+            encoded = self._arguments(info, args, read)
+            keywords = self._keywords(info, kwargs, read) if kwargs else {}
         except LazyBits:
             return self._record(info, func, *self._without_lazy_bits(info, args, kwargs or {}))
         if info.random and func._opname in _DRAWS and self.drawn_is_data is not None and self.drawn_is_data():
             return self._drawn(info, func, args, kwargs)
-        digest_in = crc(self._read_by(info, args, kwargs)) if self.floats is None else 0
+        digest_in = crc(read) if self.floats is None and not info.reads_nothing else 0
         if self._given:
             self._take_given()
         span = self.spans.here()
@@ -176,9 +179,8 @@ class Recorder(TorchDispatchMode):
         written, writes = [], ()
         if info.writes or info.hidden_writes:
             written = self._written(info, args, kwargs)
-            for t in written:
-                self.resized(t.untyped_storage())
-            writes = tuple([encoder.tensor(t, True) for t in written])
+            grown = [self.resized(t.untyped_storage()) for t in written]
+            writes = (outs,) if len(written) == 1 and written[0] is result and not grown[0] else tuple([encoder.tensor(t, True) for t in written])
         call = OpCall(len(self.ops), info.name, encoded, keywords, outs, writes, span, None, digest_in)
         targets = _targets(result, outs, written, writes)
         if not info.garbage and self.floats is None:
@@ -192,23 +194,31 @@ class Recorder(TorchDispatchMode):
             self.watch(call, targets)
         return result
 
-    @staticmethod
-    def _read_by(info: OpInfo, args, kwargs) -> list[torch.Tensor]:
-        found: list[torch.Tensor] = []
-        if info.reads_nothing:
-            return found
-        unread = info.unread
-        for i, a in enumerate(args):
-            if isinstance(a, torch.Tensor):
-                if i not in unread:
-                    found.append(a)
-            elif type(a) in (list, tuple) and i not in unread:
-                _collect(a, found)
-        if kwargs:
-            for k, a in kwargs.items():
-                if k not in info.unread_keys:
-                    _collect((a,), found)
-        return found
+    def _arguments(self, info: OpInfo, args, read: list[torch.Tensor]) -> tuple[Arg, ...]:
+        """The positional arguments; those tensors that the op reads are added to `read`."""
+        tensor, handlers, other, unread = self.encoder.tensor, self.encoder.handlers, self.encoder.other, info.unread
+        encoded, i = [], 0
+        for a in args:
+            kind = type(a)
+            if kind is _Tensor or kind is _Parameter:
+                encoded.append(tensor(a, False))
+                if not unread or i not in unread:
+                    read.append(a)
+            else:
+                handler = handlers.get(kind)
+                encoded.append(other(a) if handler is None else handler(a))
+                if kind is list or kind is tuple or isinstance(a, _Tensor):
+                    if i not in unread:
+                        _collect((a,), read)
+            i += 1
+        return tuple(encoded)
+
+    def _keywords(self, info: OpInfo, kwargs: dict, read: list[torch.Tensor]) -> dict[str, Arg]:
+        for k, a in kwargs.items():
+            if k not in info.unread_keys:
+                _collect((a,), read)
+        arg = self.encoder.arg
+        return {k: arg(a) for k, a in kwargs.items()}
 
     @staticmethod
     def _written(info: OpInfo, args, kwargs) -> list[torch.Tensor]:
@@ -332,13 +342,15 @@ class Recorder(TorchDispatchMode):
             written = tuple([self.encoder.tensor(t, True) for t in writes])
             return self.append(name, refs, outs=outs, writes=written, kwargs=kwargs, reads=read, written=writes)
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage may have another size now."""
+    def resized(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage has another size now, which then is recorded."""
         sid = self.encoder.resized(storage)
-        if sid is not None:
-            if self.floats is not None:
-                self.floats.forget(storage)
-            self.append("tv.resize", (Name("storage", str(sid)), storage.nbytes()))
+        if sid is None:
+            return False
+        if self.floats is not None:
+            self.floats.forget(storage)
+        self.append("tv.resize", (Name("storage", str(sid)), storage.nbytes()))
+        return True
 
     def note(self, code: str, text: str) -> None:
         """Something that the report must say; once for each place."""
@@ -410,6 +422,8 @@ def _targets(result, outs: Arg, written: list[torch.Tensor], writes: tuple[Tenso
     found: list[torch.Tensor] = []
     if isinstance(result, torch.Tensor):
         found.append(result)
+        if not written or (len(written) == 1 and written[0] is result):
+            return found
     else:
         _collect((result,), found)
     if written:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -17,7 +17,7 @@ from trainverify.capture import world
 from trainverify.capture.userframes import is_user_file
 from trainverify.diagnostics import Span
 
-Frames = tuple[tuple[str, int, str], ...]
+Frames = tuple[int, ...]                       # numbers of places, innermost first
 
 _DEPTH = 4                                     # user frames kept
 _OTHER, _USER, _ENGINE, _BOTTOM = range(4)
@@ -40,6 +40,10 @@ class Spans:
         self._after_backward = False
         self._ids: dict[tuple, int] = {}
         self._kinds: dict[str, int] = {}
+        self._places: list[tuple[str, int, str]] = []
+        self._numbers: dict[tuple[str, int, str], int] = {}
+        self._at: dict[int, tuple[CodeType, dict[int, int]]] = {}     # by a code object's id (it would be hashed with all its constants): the place at each
+                                                                      # instruction, since a line number is slow to ask for
         self._forward: dict[int, tuple[Frames, str]] = {}
         self._next = _sequence_number()
         self._modules: list[tuple[int, str]] = []
@@ -102,8 +106,9 @@ class Spans:
         found = self._ids.get(key)
         if found is None:
             found = self._ids[key] = len(self.items)
-            file, line, function = frames[0] if frames else ("", 0, "")
-            self.items.append(Span(file, line, function, module, phase, self.step, frames[1:]))
+            places = tuple([self._places[i] for i in frames])
+            file, line, function = places[0] if places else ("", 0, "")
+            self.items.append(Span(file, line, function, module, phase, self.step, places[1:]))
         return found
 
     def span(self) -> Span:
@@ -118,9 +123,10 @@ class Spans:
     def _remember(self, frames: Frames, module: str) -> None:
         now = _sequence_number()
         # Nodes between the last call and this one: theirs is this call (a Function's own node comes before the calls in its forward).
-        for number in range(self._next, now):
-            self._forward[number] = (frames, module)
-        self._next = max(now, self._next)
+        if now > self._next:
+            for number in range(self._next, now):
+                self._forward[number] = (frames, module)
+            self._next = now
 
     def _backward(self, node, outer: Frames) -> tuple[Frames, str, str]:
         if node is None:
@@ -145,7 +151,10 @@ class Spans:
                 kind = kinds[file] = self._kind(file)
             if kind:                           # most frames are of no interest
                 if kind == _USER:
-                    found.append((file, frame.f_lineno, code.co_name))
+                    try:
+                        found.append(self._at[id(code)][1][frame.f_lasti])
+                    except KeyError:
+                        found.append(self._place(frame))
                     if len(found) == _DEPTH:
                         break
                 elif kind == _BOTTOM:
@@ -154,6 +163,16 @@ class Spans:
                     in_engine = True
             frame = frame.f_back
         return tuple(found), in_engine
+
+    def _place(self, frame: FrameType) -> int:
+        """The number of the place where a frame is."""
+        code = frame.f_code
+        place = code.co_filename, frame.f_lineno, code.co_name
+        number = self._numbers.setdefault(place, len(self._places))
+        if number == len(self._places):
+            self._places.append(place)
+        self._at.setdefault(id(code), (code, {}))[1][frame.f_lasti] = number
+        return number
 
     @staticmethod
     def _kind(file: str) -> int:
