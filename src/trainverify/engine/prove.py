@@ -16,7 +16,7 @@ from trainverify.algebra.terms import Terms
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.proof import Lineages, Proof, Vacuity, is_proved, replayed_side
 from trainverify.ir.trace import Program
-from trainverify.kernel.claims import Claims
+from trainverify.kernel.claims import PATIENCE, Claims
 from trainverify.kernel.store import GARBAGE, Store
 from trainverify.ops.table import OpTable
 from trainverify.relate.choices import undecided
@@ -46,11 +46,12 @@ class Prover:
         self.places = Places(self.terms, reference)
         self.reference = replayed_side("reference", reference, self.terms, table, symbols, progress, self.vacuity)
 
-    def prove(self, parallel: Program, accept: tuple[str, ...], progress: Callable, lineages: Callable[[], Lineages]) -> Proof:
-        """What is proved of this program; counts, obligations and failures are those of all programs so far."""
+    def prove(self, parallel: Program, accept: tuple[str, ...], progress: Callable, lineages: Callable[[], Lineages], patient: bool = True) -> Proof:
+        """What is proved of this program; counts, obligations and failures are those of all programs so far. patient: whether claims that fail
+        may cost as much as they may in a program of which all should be proved."""
         claims, terms, places = self.claims, self.terms, self.places
         places.begin(parallel)
-        claims.wasted = 0                     # each program has its own patience
+        claims.wasted = 0 if patient else PATIENCE                # each program has its own
         world = replayed_side("parallel", parallel, terms, self.table, self.symbols, progress, self.vacuity)
         comparison = Comparison(self.symbols, [terms], self.reference, world, lineages())
         comparison.run()

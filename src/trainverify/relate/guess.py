@@ -13,8 +13,9 @@ from trainverify.kernel.store import ZERO_ID, Store
 from trainverify.relate.structure import Structure, divided, packed
 
 SAMPLE = 4                                    # elements that are tried before a factor is tried on all
-MOST_COUNTS = 8                               # numbers that the reference divides by, and that become factors
+MOST_COUNTS = 4                               # numbers that the reference divides by, and that become factors
 LARGEST_COUNT = 1 << 32
+DECIMAL = {Fraction(10) ** k for k in range(3, 10)}           # epsilons, rates and decays are no counts
 
 
 class Dictionary:
@@ -47,7 +48,7 @@ class Dictionary:
     def _count(self, q: Fraction) -> None:
         """A number that the reference multiplies with: if it is one over a count, the count is a factor, also with sizes of groups."""
         n = Fraction(q.denominator)
-        if abs(q.numerator) == 1 and 1 < n < LARGEST_COUNT and n not in self.factors and self._counts < MOST_COUNTS:
+        if abs(q.numerator) == 1 and 1 < n < LARGEST_COUNT and n not in self.factors and n not in DECIMAL and self._counts < MOST_COUNTS:
             self._counts += 1
             near = [n, *(n * s for s in self._sizes), *(n / s for s in self._sizes)]
             self.factors = tuple(dict.fromkeys([*self.factors, *(f for c in near for f in (c, 1 / c))]))

@@ -19,7 +19,7 @@ def test_other_numbers_are_none_and_there_are_not_many():
     store = Store()
     guesses = Dictionary(store, [Fraction(2), Fraction(1, 2)])
     before = guesses.factors
-    for q in (Fraction(999, 1000), Fraction(5), Fraction(1, 2), Fraction(1, 1 << 40)):
+    for q in (Fraction(999, 1000), Fraction(5), Fraction(1, 2), Fraction(1, 1 << 40), Fraction(1, 10 ** 8)):
         guesses.learn(np.array([int(q * 1000)]), np.array([store.constant(q)]))
     assert guesses.factors == before
     for n in range(100, 100 + 3 * MOST_COUNTS, 3):
