@@ -11,18 +11,27 @@ from collections.abc import Callable
 
 import msgspec
 
+from trainverify.algebra.real import Real
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.analysis import replay_both
 from trainverify.engine.build import overall
+from trainverify.engine.verdict import EXACT, ROUNDED
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
-from trainverify.relate.symbols import Symbols
+from trainverify.ops.table import OpTable
+from trainverify.relate.compare import Comparison, Key, Piece
+from trainverify.relate.symbols import Binder, Symbols
+from trainverify.replay.errors import ReplayError
+from trainverify.replay.machine import Hooks
+from trainverify.replay.run import replay
 from trainverify.report.model import Assumption, Phase, Report
 from trainverify.shrink.describe import criterion, describe
+from trainverify.shrink.integers import VALUELESS
 from trainverify.shrink.reduce import Reduced, Reducer
 from trainverify.shrink.solve import LEAST
 
 ATTEMPTS = 3
+REPLAYED = 1 << 31                             # bytes of all storages up to which both programs are replayed at the recorded sizes
 APART = 2                                     # how much larger the least size is at which a cross-check verifies
 
 
@@ -49,6 +58,8 @@ class Runs:
         self._conclude(small, needed, short)
         if self.report.count("PROVED"):
             self._elsewhere(reducer, least, small)
+        if analysis is not None and self.report.count("REFUTED"):
+            self._at_recorded_sizes(reference, parallel, table, {j.key for j in analysis.judgements if j.verdict == "REFUTED" and j.inputs is None})
         if self.cross_check and self.report.count("PROVED"):
             self._again(reducer, least + APART, blank)
 
@@ -91,6 +102,24 @@ class Runs:
                                                   fix="verify without --reduce, at sizes that are small from the start"))
         self.report.verdict = overall(self.report)
 
+    def _at_recorded_sizes(self, reference: Program, parallel: Program, table: OpTable, refuted: set[Key]) -> None:
+        """What differs must do so at the recorded sizes too, where there are values: counts that no literal says (the mean of x + 1) are other ones here."""
+        clock = time.perf_counter()
+        differing = _differing(reference, parallel, table, self.progress)
+        if differing is None:
+            return
+        self.report.phases.append(Phase("replay at the recorded sizes", time.perf_counter() - clock))
+        gone = [o for o in self.report.outputs if o.verdict == "REFUTED" and (key := (o.kind, o.name, o.step)) in refuted and key not in differing]
+        if not gone:
+            return
+        why = "different at the reduced sizes, and equal at the recorded ones"
+        self.report.outputs = [msgspec.structs.replace(o, verdict="UNKNOWN", reason=why, finding=-1) if o in gone else o for o in self.report.outputs]
+        self.report.diagnostics.append(Diagnostic("SHAPE004", f"{len(gone)} outputs are {why}, such as {gone[0].kind} {gone[0].name}", "warning",
+                                                  fix="verify without --reduce, at sizes that are small from the start"))
+        if not self.report.count("REFUTED"):
+            self.report.findings, self.report.counterexample = [], None
+        self.report.verdict = overall(self.report)
+
     def _again(self, reducer: Reducer, least: int, blank: Report) -> None:
         """The same at other sizes: a regression check of the reduction itself."""
         other = copy.deepcopy(blank)
@@ -102,6 +131,29 @@ class Runs:
             self._withdraw(differing, "proved at one choice of sizes, and not at another")
         else:
             self.report.reduction = msgspec.structs.replace(self.report.reduction, cross_checked=True)
+
+
+def _differing(reference: Program, parallel: Program, table: OpTable, progress: Callable) -> set[Key] | None:
+    """The outputs that differ in float64 at the recorded sizes and inputs; None: that is not known."""
+    traces = [*reference.traces, *parallel.traces]
+    if any(VALUELESS in t.meta.items() for t in traces) or sum(s.nbytes for t in traces for s in t.storages) > REPLAYED:
+        return None
+    symbols = Symbols(reference)
+    real, worlds = Real(symbols.real_values), []
+    try:
+        for side, program in (("reference", reference), ("parallel", parallel)):
+            binder = Binder(symbols, [real])
+            worlds.append(replay(program, [real], table, Hooks(symbol=binder.symbol, bind=binder.bind), lambda f, side=side: progress("replay", side, f)))
+    except (ReplayError, RuntimeError, LookupError):   # an operation without a meaning
+        return None
+    comparison = Comparison(symbols, [real], *worlds)
+    comparison.run()
+    threshold = ROUNDED if any(m.memory["real"].rounded for w in worlds for m in w.machines) else EXACT
+
+    def differs(piece: Piece) -> bool:
+        a, b = piece.reference["real"].t, piece.parallel["real"].t
+        return not bool(((a - b).abs() <= threshold * max(float(a.abs().max()), 1e-30)).all())
+    return {key for key, c in comparison.compared.items() if c.problems or c.missing or any(map(differs, c.pieces))}
 
 
 def _restore(report: Report, blank: Report) -> None:

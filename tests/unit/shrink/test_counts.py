@@ -135,3 +135,31 @@ def test_a_weighted_mean_divides_by_weights_and_not_by_how_many_targets_there_ar
 
     report = verified(reference, lambda ref: build(ref.weights, ref.batch, by), 1)
     assert report.verdict == ("PROVED" if by == "weights" else "REFUTED"), report.outputs
+
+
+# ---- counts that no literal says
+
+SUMS = {"ones": lambda y, n: (y.square() + 1).sum(), "literal": lambda y, n: y.square().sum() + n, "wrong literal": lambda y, n: y.square().sum() + n + 1}
+
+
+@pytest.mark.parametrize("how, verdict", [("literal", "UNKNOWN"), ("wrong literal", "REFUTED")])
+def test_a_difference_at_the_reduced_sizes_alone_refutes_nothing(how, verdict):
+    def build(weights, batch, total):
+        model = nn.Linear(24, 30, bias=False)
+        if weights is not None:
+            model.load_state_dict(weights)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            loss = total(model(batch), 16 * 30)
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss}
+        return tv.Training(model, step, batch=batch)
+
+    def reference():
+        return build(None, torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), SUMS["ones"])
+
+    report = verified(reference, lambda ref: build(ref.weights, ref.batch, SUMS[how]), 1)
+    assert {o.name: o.verdict for o in report.outputs if o.kind == "scalar"} == {"loss": verdict} and report.verdict == verdict
+    assert bool(report.findings) == (verdict == "REFUTED") and ("SHAPE004" in [d.code for d in report.diagnostics]) == (verdict == "UNKNOWN")
