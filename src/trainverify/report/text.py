@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from trainverify.diagnostics import Diagnostic, Span
+from trainverify.report.advice import advice
 from trainverify.report.counterexample import counterexample_lines
 from trainverify.report.model import Finding, OutputResult, Report
 from trainverify.report.selftest import self_test_lines
@@ -166,25 +167,17 @@ def _place(span: Span, ranks: Sequence[int], op: str, width: int) -> list[str]:
 
 
 def finding_lines(report: Report, index: int, width: int = WIDTH) -> list[str]:
-    """One cause with all that is known of it, and its counterexample."""
+    """One cause, what to do about it, all that is known of it, and its counterexample."""
     f = report.findings[index]
     span = f.diagnostic.span
     modules = f.modules or ((span.module,) if span and span.module else ())
-    extra = []
-    if modules:
-        extra.append(("modules:", ", ".join(fold_names(modules))))
-    if f.op:
-        extra.append(("operation:", f.op))
-    extra += _operands(f)
+    extra = [("algebra:", f.algebra), ("repair:", "" if f.repair is None else str(f.repair)), ("try:", advice(f)),
+             ("explains:", count_of(f.explains, "output") + _explained_kinds(report, index) if f.explains else ""),
+             ("modules:", ", ".join(fold_names(modules))), ("operation:", f.op), *_operands(f)]
     extra += [("used at:", f"{short_path(s.file)}:{s.line}" + (f" in {s.function}" if s.function else "")) for s in f.used_at if s.file]
     if span and span.stack:
         extra.append(("called from:", " < ".join(f"{short_path(file)}:{line} {name}" for file, line, name in span.stack)))
-    if f.algebra:
-        extra.append(("algebra:", f.algebra))
-    if f.repair is not None:
-        extra.append(("repair:", str(f.repair)))
-    if f.explains:
-        extra.append(("explains:", count_of(f.explains, "output") + _explained_kinds(report, index)))
+    extra = [(label, text) for label, text in extra if text]
     return diagnostic_lines(f.diagnostic, width, f.op, extra) + _counterexample(f, width)
 
 
