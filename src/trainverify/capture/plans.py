@@ -5,6 +5,7 @@ ops are allocated.
 """
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -74,9 +75,8 @@ class Call:
 
 def plan_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
     """The plan of a dispatched communication op."""
-    named = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-    named.update({a.name: v for a, v in zip(func._schema.arguments, args)})
-    named.update(kwargs)
+    names, defaults = _arguments(func)
+    named = {**defaults, **dict(zip(names, args)), **kwargs}
     handler = _HANDLERS.get(func._opname)
     if handler is None:
         raise PlanError(f"{func} is not supported")
@@ -89,6 +89,13 @@ def plan_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, 
     else:
         plan.functional = True
     return plan
+
+
+@functools.cache
+def _arguments(func: torch._ops.OpOverload) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of an op's arguments, and the defaults of those that have one (schemas are slow to ask)."""
+    arguments = func._schema.arguments
+    return tuple(a.name for a in arguments), {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
 def group_of(named: dict[str, Any]) -> ProcessGroup:

@@ -7,6 +7,7 @@ byte stream, so that the coordinator can read from many ranks without blocking o
 from __future__ import annotations
 
 import ctypes
+import functools
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Key = Union[str, int, tuple[Union[str, int], ...]]
 
 _PREFIX = struct.Struct("<IQ")
-_READ = 1 << 20
+_CHUNKS = 512                                  # that one system call takes
 NO_BYTES = -1
 
 
@@ -156,20 +157,32 @@ class Buffer:
 
 
 def send_frame(sock: socket.socket, message: Message, parts: Sequence[bytes | memoryview] = ()) -> None:
-    """Write a frame to a blocking socket."""
-    for chunk in frame(message, parts):
-        sock.sendall(chunk)
+    """Write a frame to a blocking socket, in one system call where the system takes it."""
+    chunks = frame(message, parts)
+    sent = sock.sendmsg(chunks[:_CHUNKS])
+    for chunk in chunks:
+        if sent < len(chunk):
+            sock.sendall(memoryview(chunk)[sent:])
+        sent = max(sent - len(chunk), 0)
 
 
-def read_frame(sock: socket.socket) -> tuple[Message, bytes]:
+def read_frame(sock: socket.socket) -> tuple[Message, memoryview]:
     """Read one frame from a blocking socket; the peer sends one at a time."""
-    buffer = Buffer()
-    while True:
-        data = sock.recv(_READ)
-        if not data:
+    header, body = _PREFIX.unpack(_read(sock, _PREFIX.size))
+    data = _read(sock, header + body)
+    return _decode(data[:header]), data[header:]
+
+
+def _read(sock: socket.socket, n: int) -> memoryview:
+    """The next n bytes."""
+    data = memoryview(bytearray(n))
+    at = 0
+    while at < n:
+        got = sock.recv_into(data[at:], n - at, socket.MSG_WAITALL)
+        if not got:
             raise ConnectionError("the coordinator has gone")
-        for message, body in buffer.feed(data):
-            return message, body
+        at += got
+    return data
 
 
 def pack(payload: Sequence[torch.Tensor] | None) -> tuple[Metas, list[memoryview]]:
@@ -194,17 +207,23 @@ def pack(payload: Sequence[torch.Tensor] | None) -> tuple[Metas, list[memoryview
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
     """The tensor's own memory, kept alive. (`numpy()` would forbid the program to resize its storage for ever.)"""
-    array = (ctypes.c_ubyte * flat.nbytes).from_address(flat.data_ptr())
+    array = _array(flat.nbytes).from_address(flat.data_ptr())
     array.owner = flat
     return memoryview(array).cast("B")
 
 
-def unpack(payloads: Sequence[Metas], body: bytes) -> list[list[torch.Tensor] | None]:
+@functools.lru_cache(4096)
+def _array(n: int) -> type:
+    return ctypes.c_ubyte * n
+
+
+def unpack(payloads: Sequence[Metas], body: bytes | memoryview) -> list[list[torch.Tensor] | None]:
     """Fresh tensors, each in its own storage (call it with dispatch modes off)."""
     import numpy
     import torch
 
     at, result = 0, []
+    start = numpy.frombuffer(body, dtype=numpy.uint8).__array_interface__["data"][0] if len(body) else 0
     for metas in payloads:
         if metas is None:
             result.append(None)
@@ -213,9 +232,10 @@ def unpack(payloads: Sequence[Metas], body: bytes) -> list[list[torch.Tensor] | 
         for meta in metas:
             tensor = torch.empty(meta.size, dtype=getattr(torch, meta.dtype), device="meta" if meta.nbytes == NO_BYTES else "cpu")
             if meta.nbytes > 0:
-                raw = tensor.reshape(-1).view(torch.uint8).numpy()
-                raw[:] = numpy.frombuffer(body, dtype=numpy.uint8, count=meta.nbytes, offset=at)
-            at += max(meta.nbytes, 0)
+                if meta.nbytes != tensor.nbytes or at + meta.nbytes > len(body):
+                    raise ValueError(f"{meta} does not fit a body of {len(body)} bytes")
+                ctypes.memmove(tensor.data_ptr(), start + at, meta.nbytes)
+                at += meta.nbytes
             tensors.append(tensor)
         result.append(tensors)
     return result
