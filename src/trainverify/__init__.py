@@ -11,12 +11,12 @@ from trainverify.testing import assert_equivalent
 from trainverify.verify import verify
 
 if TYPE_CHECKING:
-    from trainverify.api import Training, fixed, local, op
+    from trainverify.api import Training, fixed, local, op, routing
 
 __version__ = "0.1.0"
-__all__ = ["Training", "assert_equivalent", "fixed", "local", "op", "verify"]
+__all__ = ["Training", "assert_equivalent", "fixed", "local", "op", "routing", "verify"]
 
-_LAZY = ("Training", "fixed", "local", "op")
+_LAZY = ("Training", "fixed", "local", "op", "routing")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,14 @@
-"""What a spec file uses: `Training`, `local`, `fixed`, `op`, and the `Reference` that `parallel` is given (no torch at import; not trusted)."""
+"""What a spec file uses: `Training`, `local`, `fixed`, `op`, `routing`, and the `Reference` that `parallel` is given (no torch at import; not trusted)."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FIXED = "_trainverify_fixed"
+ROUTING = "TRAINVERIFY_ROUTING"               # in the environment of every run
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,11 @@ def fixed(x: Any) -> Any:
 
 def is_fixed(x: Any) -> bool:
     return bool(getattr(x, FIXED, False))
+
+
+def routing() -> int:
+    """Which of the runs of `--routings N` this is (0 to N - 1; 0 without it): a seed for token ids and other integers of the batch."""
+    return int(os.environ.get(ROUTING, "0"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--skip", metavar="NAME", action="append", default=[], help="scripts: do not compare this float")
     _capture_arguments(verify)
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
-    verify.add_argument("--routings", metavar="N", type=_positive, default=1, help="where data decides a routing: verify it for N draws of the weights' values; each run says what it covered")
+    verify.add_argument("--routings", metavar="N", type=_positive, default=1, help="where data decides a routing: verify it for N draws of the values of weights and float inputs, and of token ids where the spec seeds them by tv.routing(), a script by {routing}")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
     verify.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="2: prove in a process beside the replay (default); 1: in this one; the report is the same")
     verify.add_argument("--no-cache", action="store_true", help="work the verdict out again, also where an earlier run on identical programs has")

@@ -157,7 +157,7 @@ def _verify_scripts(args: argparse.Namespace, argv: list[str], asked: list[str])
     lines = [*args.runs, *([args.script] if args.script else [])]
     wrong = ("scripts need --reference \"SCRIPT ...\"" if not args.reference else "scripts need a parallel command line, after -- or in --run" if not lines else
              f"{args.path} is a spec, and --reference a script: give one of them" if args.path is not None else
-             "--case, --all-cases and --routings are for specs" if args.case or args.all_cases or args.routings > 1 else "--full-size is for specs" if args.full_size else f"{asked[0]} is for one parallel command line" if asked and len(lines) > 1 else "")
+             "--case and --all-cases are for specs" if args.case or args.all_cases else "--full-size is for specs" if args.full_size else f"{asked[0]} is for one parallel command line" if asked and (len(lines) > 1 or args.routings > 1) else "")
     if wrong:
         return _usage(f"verify: error: {wrong}")
     try:
@@ -168,10 +168,10 @@ def _verify_scripts(args: argparse.Namespace, argv: list[str], asked: list[str])
     if any(scripts.ranks is None for scripts in given):
         return _usage("verify: error: scripts need --ranks N")
     more = {"accept": tuple(args.accept), "dry_run": args.dry_run}
-    if len(given) > 1:
+    if len(given) > 1 or args.routings > 1:
         started = time.perf_counter()
         runs = [cases.Run(s, _options(args, {}, **more, **({"workdir": FOLDER / f"traces-{i}"} if args.debug else {}))) for i, s in enumerate(given, 1)]
-        reports = cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()))
+        reports = cases.run_all(runs, args.quiet, lambda text: _keep("internal-error.txt", text.encode()), args.routings)
         return _deliver(Suite(reports, time.perf_counter() - started, versions=versions()), args, argv, args.format, args.output)
     args.path = given[0]
     options = _options(args, {}, **more, self_test=args.self_test, second_opinion=args.second_opinion, certificate=args.certificate,

@@ -1,19 +1,21 @@
 """The whole pipeline: capture both programs, replay, compare, diagnose, report. The one place that knows every part."""
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from trainverify.api import ROUTING
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.options import Options
 from trainverify.report.model import LineageTable, Phase, Report
@@ -49,7 +51,7 @@ def verify_scripts(scripts, options: Options = Options(), progress: Callable = _
     """Run two scripts (`capture.script.parse_scripts`) in place of a spec's functions, and verify them as `verify_spec` does."""
     from trainverify.capture.script import load_scripts
 
-    report = _verify(lambda: load_scripts(scripts), options, progress, str(scripts))
+    report = _verify(lambda: load_scripts(scripts.routed(options.routing)), options, progress, str(scripts))
     report.rerun = shlex.join(["trainverify", "verify", *scripts.options(options.ranks), *_rerun_options(options), "--seed", str(report.seed), "--", *shlex.split(str(scripts.parallel))])
     return report
 
@@ -177,8 +179,9 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str, com
         from trainverify.capture.session import capture
 
         options.check()
-        spec = load()
-        captured = capture(spec, options, progress)
+        with _numbered(options.routing):
+            spec = load()
+            captured = capture(spec, options, progress)
         report.ranks = captured.ranks
         report.case = captured.case
         report.phases += captured.phases
@@ -196,6 +199,18 @@ def _verify(load: Callable, options: Options, progress: Callable, name: str, com
             _forget_idle(report, spec.accept, options)
 
     return _finish(report, options, body)
+
+
+@contextlib.contextmanager
+def _numbered(routing: int) -> Iterator[None]:
+    """The environment says which routing it is: to the spec, which may ask when it is loaded, and to the ranks."""
+    before = os.environ.get(ROUTING)
+    os.environ[ROUTING] = str(routing)
+    try:
+        yield
+    finally:
+        os.environ.pop(ROUTING)
+        os.environ.update({} if before is None else {ROUTING: before})
 
 
 def _finish(report: Report, options: Options, body: Callable[[], None]) -> Report:

@@ -52,6 +52,13 @@ def verdicts(tmp_path, monkeypatch):
     return run
 
 
+def test_the_data_of_another_routing(verdicts, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN.replace("manual_seed(1)", "manual_seed(int(sys.argv[1]))").replace("for step", "print('seed', sys.argv[1], os.environ['TRAINVERIFY_ROUTING'], file=open('seeds', 'a'))\nfor step"))
+    report = verify_scripts(parse_scripts("train.py {routing} mean", "train.py {routing} mean", 2), Options(steps=1, timeout=60, jobs=1, repair=False, routing=2))
+    assert report.verdict == "PROVED" and set((tmp_path / "seeds").read_text().split("\n")) == {"seed 2 2", ""}
+    assert "--routings 3" in report.rerun and report.rerun.count("{routing}") == 2
+
+
 def test_a_loss_that_only_rank_0_prints(verdicts):
     report, held = verdicts("mean first")
     assert held.pop(("scalar", "loss")) == "UNKNOWN" and [d.code for d in report.diagnostics] == ["REL006"]

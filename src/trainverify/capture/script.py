@@ -28,6 +28,7 @@ PLACEHOLDERS = {
     "dcp": "a folder with the reference's weights as a torch.distributed.checkpoint",
     "save": "a folder that the reference script itself writes, and the parallel one reads",
 }
+NUMBER = "routing"                            # which of the runs of --routings it is: 0 to N - 1
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _RANKS = re.compile(r"ranks=([1-9][0-9]*)\Z")
 _PYTHON = re.compile(r"python[0-9.]*\Z")
@@ -51,6 +52,10 @@ class Command:
     def filled(self, paths: dict[str, Path]) -> Command:
         """With the placeholders' paths in their place."""
         return replace(self, arguments=tuple(_PLACEHOLDER.sub(lambda m: str(paths[m[1]].absolute()) if m[1] in paths else m[0], a) for a in self.arguments))
+
+    def routed(self, routing: int) -> Command:
+        """With the number of the routing in its place."""
+        return replace(self, arguments=tuple(a.replace("{" + NUMBER + "}", str(routing)) for a in self.arguments))
 
     def without(self, *placeholders: str) -> tuple[Command, tuple[str, ...]]:
         """The command without the options that hold one of the placeholders, and what was left out."""
@@ -102,6 +107,10 @@ class Scripts:
         """Our own arguments that name them, but for the parallel script, which comes last."""
         return ["--ranks", str(self.ranks or ranks), "--reference", str(self.reference),
                 *[w for name, how in self.local.items() for w in ("--local", f"{name}={how}")], *[w for name in self.skip for w in ("--skip", name)]]
+
+    def routed(self, routing: int) -> Scripts:
+        """The scripts for one of the routings."""
+        return replace(self, reference=self.reference.routed(routing), parallel=self.parallel.routed(routing))
 
     # ---- what a Spec offers
     def op_rows(self) -> tuple:
@@ -164,9 +173,10 @@ def parse_command(words: str | Sequence[str]) -> Command:
                                fix='A command line begins with the script, as behind torchrun\'s own options: "train.py --tp 1".'))
     for a in command.arguments:
         for name in _PLACEHOLDER.findall(a):
-            if name not in PLACEHOLDERS:
+            if name not in (*PLACEHOLDERS, NUMBER):
                 raise Fault(Diagnostic("SCRIPT002", f"{{{name}}} in {str(command)!r} stands for nothing",
-                                       notes=tuple(f"{{{k}}}: {v}" for k, v in PLACEHOLDERS.items()), fix="Use one of these."))
+                                       notes=(*(f"{{{k}}}: {v}" for k, v in PLACEHOLDERS.items()), f"{{{NUMBER}}}: 0, then 1 and so on with --routings: for a seed of the data"),
+                                       fix="Use one of these."))
     return command
 
 

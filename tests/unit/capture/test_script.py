@@ -350,6 +350,14 @@ def test_live_models():
     assert {id(m) for m in (outer, wrapped, other)} <= {id(m) for m in live_models([copies])} and frozen not in live_models([copies])
 
 
+def test_a_scripts_seed_is_the_number_of_the_routing(folder):
+    scripts = parse_scripts("train.py --seed {routing}", "train.py --name seed-{routing} --load {checkpoint}/{routing}", 2)
+    assert not parse_scripts("train.py", "train.py --seed {routing}", 2).loads and scripts.loads
+    routed = scripts.routed(3)
+    assert routed.reference.arguments == ("--seed", "3") and routed.parallel.arguments == ("--name", "seed-3", "--load", "{checkpoint}/3")
+    assert routed.ranks == 2 and scripts.reference.arguments == ("--seed", "{routing}")
+
+
 def test_scripts_are_like_a_spec(folder):
     scripts = Scripts(Command("train.py"), Command("train.py"))
     assert scripts.case({}) == {} and scripts.op_rows() == () and scripts.world_size(3, {}) == 3

@@ -47,7 +47,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("spec.py").write_text(SPEC)
     fake = types.ModuleType("trainverify.verify")
-    fake.verify_spec = answer
+    fake.verify_spec = fake.verify_scripts = answer
     monkeypatch.setitem(sys.modules, "trainverify.verify", fake)
     monkeypatch.setattr(cases, "preload", lambda: None)
     return tmp_path
@@ -151,10 +151,20 @@ def test_routings_repeat_what_data_routes_and_nothing_else(project, capsys):
     assert cli.main(["verify", "spec.py", "--case", "tp=8", "--routings", "2", "--debug", "-q"]) == 0
 
 
-@pytest.mark.parametrize("more", [["--full-size"], ["--self-test"], ["--reference", "a.py", "--", "b.py"]])
-def test_routings_are_for_values_and_for_specs(project, capsys, more):
-    assert cli.main(["verify", *([] if more[0] == "--reference" else ["spec.py"]), "--routings", "2", *more]) == 2
-    assert "--routings" in capsys.readouterr().err or more == ["--self-test"]
+def test_routings_of_scripts(project, capsys):
+    def verified(scripts, options, progress):
+        assert str(scripts.parallel) == "spec.py --seed '{routing}'" and str(scripts.reference) == str(scripts.parallel)
+        return answer(scripts, Options(case={"tp": 8}, routing=options.routing, ranks=options.ranks), progress)
+    sys.modules["trainverify.verify"].verify_scripts = verified
+    line = "spec.py --seed {routing}"
+    assert cli.main(["verify", "--routings", "3", "--ranks", "2", "--reference", line, "--", *line.split()]) == 0
+    assert [r["routing"] for r in reports()] == [0, 1, 2] and "run 3 of 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--full-size"], ["--self-test"], ["--self-test", "--ranks", "2", "--reference", "spec.py", "--", "spec.py"]])
+def test_routings_are_for_values_and_for_verdicts(project, capsys, more):
+    assert cli.main(["verify", *([] if "--reference" in more else ["spec.py"]), "--routings", "2", *more]) == 2
+    assert "--routings" in capsys.readouterr().err or "--self-test" in more
 
 
 def test_the_projects_table_is_used_without_a_spec(project, monkeypatch):

@@ -91,6 +91,22 @@ def test_a_spec_file_and_a_case():
     assert report.rerun == f"trainverify verify {SPECS / 'swiglu.py'} --case swapped=True --steps 1 --seed 0"
 
 
+def test_a_spec_knows_which_routing_it_is(tmp_path):
+    """For the seed of its batch; at import too."""
+    def drawn(ref=None):
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(4, 3), torch.randn(6, 4, generator=torch.Generator().manual_seed(tv.routing()))
+        (tmp_path / f"{tv.routing()}").touch()
+        if ref is not None:
+            model.load_state_dict(ref.weights)
+        return tv.Training(model, step_of(model, x), batch=x if ref is None else None)
+    spec = tmp_path / "spec.py"
+    spec.write_text((SPECS / "swiglu.py").read_text() + f"\nimport pathlib, trainverify\npathlib.Path({str(tmp_path)!r}, f'imported-{{trainverify.routing()}}').touch()\n")
+    assert tv.routing() == 0
+    assert verify_spec(spec, replace(ONE, routing=3)).verdict == "PROVED" and (tmp_path / "imported-3").exists()
+    assert tv.verify(drawn, drawn, ranks=2, steps=1).outputs and (tmp_path / "0").exists() and not (tmp_path / "3").exists()
+
+
 @pytest.mark.parametrize("given", [{"seed": -1}, {"seed": "1"}, {"steps": 0}, {"ranks": 0}, {"ranks": True}, {"timeout": 0}, {"timeout": float("nan")},
                                    {"timeout": float("inf")}, {"accept": "model.py:12"}, {"accept": ["model.py"]}])
 def test_a_value_that_no_run_can_have(given):

@@ -96,7 +96,7 @@ def test_loading_the_pipeline_does_not_hide_its_function():
 
 def test_public_names():
     import trainverify
-    assert trainverify.__all__ == sorted(["Training", "local", "fixed", "op", "verify", "assert_equivalent"])
+    assert trainverify.__all__ == sorted(["Training", "local", "fixed", "op", "routing", "verify", "assert_equivalent"])
     assert set(trainverify.__all__) < set(dir(trainverify))
     with pytest.raises(AttributeError, match="no attribute 'prove'"):
         trainverify.prove
