@@ -375,13 +375,13 @@ class Recorder(TorchDispatchMode):
         return self.scalar_values[ref.id]
 
     def decision(self, op: str, args: tuple, outcome: bool) -> bool:
-        """Python branches on tracked floats; the outcome, which at full size is false where the user accepts the place."""
+        """Python branches on tracked floats; the outcome, which at full size is false where the user accepts the place (a real number is finite)."""
         if self.floats is not None and not self._has_value(args):
             span = self.spans.span()
             if span is None or not any(names_place(a, span.file, span.line) for a in self.accept):
                 raise Fault(meta.branch(op, span, self.rank))
-            self.note("ASSUME", f"a branch on a float ({op}) is not taken: it has no value at full size, and the place is accepted")
-            outcome = False
+            outcome = op == "isfinite"
+            self.note("ASSUME", f"a branch on a float ({op}) counts as {str(outcome).lower()}: it has no value at full size, and the place is accepted")
         self.append("tv.decision", (op, *args), outs=bool(outcome))
         return outcome
 

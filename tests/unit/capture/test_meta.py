@@ -1,4 +1,5 @@
 """Full-size capture: floats have sizes and no memory, integers are what they are, and what needs values is refused with its line."""
+import math
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,17 @@ def test_an_accepted_branch_is_not_taken_and_is_an_assumption():
     recorder, result = record(branch, (place,))
     assert result == "not taken" and [n.code for n in recorder.notes] == ["ASSUME"]
     assert [c.outs for c in recorder.ops if c.name == "tv.decision"] == [False]
+
+
+def skips():
+    norm = torch.empty(3).sum().item()
+    return "stepped" if math.isfinite(norm) else "skipped"     # a step that is skipped
+
+
+def test_an_accepted_number_is_finite():
+    recorder, result = record(skips, (f"test_meta.py:{line_of('# a step that is skipped')}",))
+    assert result == "stepped" and [c.outs for c in recorder.ops if c.name == "tv.decision"] == [True]
+    assert ["counts as true" in n.text for n in recorder.notes] == [True]
 
 
 @pytest.mark.parametrize("program", [
