@@ -44,17 +44,23 @@ def bench():
 
 
 def test_rates(bench):
-    row = bench.row("x.py 2 ranks", 2, Stats(ops=1200, cpu=3.0, stepped_ops=1000, stepped_cpu=0.25), 0.05)
-    assert (row["rate"], row["cpu_per_rank"]) == (4000.0, 1.5) and row["added_rate"] == pytest.approx(5000.0)
-    assert bench.table([row]).split("\n")[2].split() == ["x.py", "2", "ranks", "1,000", "0.25", "0.05", "4,000", "5,000", "1.50"]
-    assert bench.table([bench.row("x.py", 1, Stats(stepped_ops=10, stepped_cpu=1.0), None)]).split()[-5:] == ["1.00", "-", "10", "-", "0.00"]
+    row = bench.row("x.py 2 ranks", 2, Stats(cpu=3.0), ([1000, 800, 800], [0.5, 0.25, 0.15]), ([0.25, 0.1, 0.1], "gloo"))
+    assert bench.rates(row) == ["2,000", "4,000", "4,000", "8,000"]
+    assert bench.table([row]).split("\n")[1].split() == ["x.py", "2", "ranks", "2,600", "0.90", "0.45", "2,000", "4,000", "4,000", "8,000", "1.50"]
+
+
+def test_what_is_not_known_is_not_shown(bench):
+    one_step = bench.row("x.py", 1, Stats(), ([10], [1.0]), ([0.5], "nothing"))
+    assert bench.table([one_step]).split()[-7:] == ["1.00", "0.50*", "10", "20", "-", "-", "0.00"]
+    alone = bench.row("x.py", 1, Stats(), ([10], [1.0]), (None, ""))
+    assert bench.table([alone]).split()[-6:] == ["-", "10", "-", "-", "-", "0.00"]
 
 
 @pytest.mark.slow
 def test_both_sides_are_measured(bench, tmp_path):
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC)
-    reference, parallel = bench.measure(f"{spec}:scale=0.25", 1)
+    reference, parallel = bench.measure(f"{spec}:scale=0.25", 2)
     for row in (reference, parallel):
-        assert row["calls"] > 10 and row["captured"] > 0 and row["plain"] > 0
-    assert parallel["program"].endswith("2 ranks")
+        assert min(row["calls"]) > 5 and min(row["captured"]) > 0 and len(row["plain"]) == len(row["calls"]) == 2 and min(row["plain"]) > 0
+    assert parallel["program"].endswith("2 ranks") and parallel["communication"] == "gloo" and reference["communication"] == ""
