@@ -22,7 +22,7 @@ from trainverify.algebra.real import Real, RealValue
 from trainverify.ir.trace import OpCall, Program, ScalarRef
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Comparison, Key, Piece
-from trainverify.relate.decisions import CHOOSES, is_idle
+from trainverify.relate.decisions import CHOOSES, Idle
 from trainverify.relate.symbols import Binder, Symbols
 from trainverify.replay.errors import ReplayError
 from trainverify.replay.machine import Decision, Hooks, Machine
@@ -259,6 +259,7 @@ def fall_alike(old: list[tuple[Machine, Decision]], new: list[tuple[Machine, Dec
 
 
 def decisions_of(worlds: list[World]) -> list[tuple[Machine, Decision]]:
+    is_idle = Idle()
     return [(m, d) for w in worlds for m in w.machines for d in m.decisions if not is_idle(m, d)]
 
 

@@ -15,7 +15,7 @@ from trainverify.algebra.base import Complex
 from trainverify.algebra.terms import Terms
 from trainverify.kernel.store import ZERO_ID
 from trainverify.kernel.terms import NEGATIVE, POSITIVE, ZERO
-from trainverify.relate.decisions import CHOOSES, is_idle
+from trainverify.relate.decisions import CHOOSES, Idle
 from trainverify.replay.machine import Decision
 from trainverify.replay.run import World
 
@@ -28,7 +28,7 @@ def undecided(reference: World, parallel: World, terms: Terms) -> list[tuple[int
     for machine in reference.machines:
         for d in machine.decisions:
             known.update(_facts(terms, d))
-    out = []
+    out, is_idle = [], Idle()
     for machine in parallel.machines:
         for d in machine.decisions:
             if not is_idle(machine, d) and not _by_constants(terms, d) and not all(_holds(terms, fact, answer, known) for fact, answer in _facts(terms, d)):

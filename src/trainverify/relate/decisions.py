@@ -9,7 +9,7 @@ import torch
 
 from trainverify.algebra.base import Complex
 from trainverify.diagnostics import Diagnostic
-from trainverify.ir.trace import inputs, tensors
+from trainverify.ir.trace import Sequence, TensorRef, inputs, tensors
 from trainverify.replay.machine import Decision, Machine
 from trainverify.replay.memory import is_float
 from trainverify.replay.run import World
@@ -31,6 +31,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
                 taken.setdefault((d.kind, key), outcome)
     out: dict[tuple, Diagnostic] = {}
     accepted: dict[str, None] = {}
+    is_idle = Idle()
     for machine in parallel.machines:
         for d in machine.decisions:
             span = machine.span(d.call)
@@ -102,12 +103,31 @@ def _rows(name: str, prints: torch.Tensor, outcome: torch.Tensor, real: torch.Te
         yield np.sort(row).tobytes(), picked.tobytes(), gap
 
 
-def is_idle(machine: Machine, d: Decision) -> bool:
-    """Whether a maximum's position is looked at by nobody: max(dim) gives it with the value, which does not depend on it."""
-    if d.kind not in ("argmax", "argmin"):
-        return False
-    positions = {t.storage for t in tensors(d.call.outs) if not is_float(t.dtype)}
-    return all(t.storage not in positions for call in machine.trace.ops for t in inputs(call))
+class Idle:
+    """Whether nobody looks at what was chosen: the position that max(dim) gives with the value, which does not depend on it, or all that a choice gave
+    (a router's, where a balanced routing takes its place)."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, set[int]] = {}     # of each rank of a side, by its machine: storages from which something is computed that matters
+
+    def __call__(self, machine: Machine, d: Decision) -> bool:
+        name = d.kind.partition(":")[0]
+        if name not in CHOOSES or d.call.writes:
+            return False
+        taken = self._taken.get(id(machine))
+        if taken is None:
+            taken = self._taken[id(machine)] = _taken(machine)
+        return taken.isdisjoint([t.storage for t in tensors(d.call.outs) if name not in ("argmax", "argmin") or not is_float(t.dtype)])
+
+
+def _taken(machine: Machine) -> set[int]:
+    """What some call takes whose results are taken in turn, or that does more than to give results."""
+    found: set[int] = set()
+    for call in reversed(machine.trace.ops):
+        gives = [t.storage for t in call.targets()]
+        if call.collective is not None or call.name.startswith("tv.") or not gives or not isinstance(call.outs, (TensorRef, Sequence, type(None))) or not found.isdisjoint(gives):
+            found.update(t.storage for t in (*inputs(call), *(call.collective.inputs if call.collective else ())))
+    return found
 
 
 def is_accepted(place: str, accept: tuple[str, ...]) -> bool:
