@@ -287,6 +287,7 @@ def full_size() -> Iterator[None]:
     try:
         _attention(patches)
         _autocast(patches)
+        _fsdp(patches)
         yield
     finally:
         patches.restore()
@@ -300,6 +301,31 @@ def _autocast(patches: Patches) -> None:
         original(context, "cpu" if device_type == META.type else device_type, *args, **kwargs)
 
     patches.set(torch.autocast, "__init__", init)
+
+
+def _fsdp(patches: Patches) -> None:
+    """FSDP2 takes parameters on meta for ones that nobody has materialised yet: it refuses to run, and keeps the memory that they had before."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    original = FSDPParam.reset_sharded_param
+
+    def reset_sharded_param(param):
+        original(param)
+        local = param.sharded_param._local_tensor
+        if not local.is_meta or param._sharded_param_data.untyped_storage()._cdata == local.untyped_storage()._cdata:
+            return
+        dim, length = param.fsdp_placement.dim, local.size(param.fsdp_placement.dim) if local.numel() else 0
+        if local.size() != param.padded_sharded_param_size:
+            padded = local.new_zeros(param.padded_sharded_param_size)
+            padded.narrow(dim, 0, length).copy_(local)
+            local = padded
+            param.sharded_param._local_tensor = local.narrow(dim, 0, length)
+        param._sharded_param_data = local.view(-1)
+        param._sharding_spec = param.sharded_param._spec
+
+    patches.set(FSDPParam, "reset_sharded_param", reset_sharded_param)
+    patches.set(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
 
 
 def _attention(patches: Patches) -> None:
