@@ -158,7 +158,8 @@ def _needed(trace: Trace, met: set[tuple]) -> list[int]:
                 works.add(c.work)
             continue
         written = [r.storage for r in call.targets()] if not call.name.startswith("tv.") or call.name == "tv.symbol" else ()
-        if isinstance(call.outs, ScalarRef) or call.name == "tv.resize" or (written and not storages.isdisjoint(written)):
+        resized = call.name == "tv.resize" and int(getattr(call.args[0], "value", call.args[0])) in storages       # others are not there
+        if isinstance(call.outs, ScalarRef) or resized or (written and not storages.isdisjoint(written)):
             found.append(k)
             storages.update([r.storage for r in reads(call)])
             storages.update(written)

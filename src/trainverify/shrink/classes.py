@@ -5,7 +5,9 @@ indices), and by the tensors of the batch.
 """
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +19,11 @@ from trainverify.ops.table import OpTable
 from trainverify.shrink.facts import Facts, Notes, Undecoded
 from trainverify.shrink.layout import Layout
 from trainverify.shrink.repeat import Forms, Repeats, is_float, references
-from trainverify.shrink.rules import find
+from trainverify.shrink.rules import base, find
 from trainverify.shrink.spaces import ONE, Conflict, Spaces
 
 Where = tuple[str, int]
+LOGIC = {"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and", "logical_or", "logical_not", "logical_xor"}      # masks: of floats too
 BUNDLES = ("tv.", "aten._foreach_", "aten._fused_ada", "aten._fused_sgd", "aten.stack", "fsdp.")      # what they take together does not meet
 
 
@@ -46,21 +49,49 @@ def is_integer_only(call: OpCall) -> bool:
     return not any(is_float(r) for r in references(call))
 
 
-def read(reference: Program, parallel: Program, table: OpTable) -> Classes:
-    """All facts of both programs, closed."""
-    spaces, forms = Spaces(), Forms()
-    classes = Classes({"reference": reference, "parallel": parallel}, Notes(spaces), {})
-    for program in (reference, parallel):
-        for rank, trace in enumerate(program.traces):
-            layout = Layout(spaces, program, rank, Repeats(forms, trace))
-            classes.layouts[layout.where] = layout
+def read(reference: Program, parallel: Program, table: OpTable, rows: Callable | None = None) -> Classes:
+    """All facts of both programs, closed. rows(classes, table): known.Rows."""
+    classes = _unread(reference, parallel, True)
+    if rows is not None:
+        classes.notes.rows = rows(classes, table)
+        if classes.notes.rows.differing:      # rows in another order in each layer: the layers are not alike
+            classes = _unread(reference, parallel, False)
+            classes.notes.rows = rows(classes, table)
+    spaces = classes.spaces
     for program in (reference, parallel):
         meetings = Meetings()
         for rank, trace in enumerate(program.traces):
             _read_trace(classes, classes.layouts[(trace.side, rank)], table, meetings)
         meetings.facts(classes)
     _link(classes)
+    _named(classes.notes)
     spaces.close()
+    return classes
+
+
+def _named(notes: Notes) -> None:
+    """Rows that nothing else has named, of which each index of another space has several: they are named by that index and a number."""
+    spaces = notes.spaces
+    for taken, base, at in notes.often:
+        if spaces.picks(taken) or spaces.picks(base):
+            continue
+        order, times = np.argsort(at, kind="stable"), len(at) // spaces.size(base)
+        number = np.empty_like(at)
+        number[order] = np.arange(len(at)) % times
+        many, whole = spaces.new(times), spaces.new(len(at))
+        spaces.pin(many, "how often each index is taken", structural=True)
+        spaces.product(whole, (base, many))
+        with contextlib.suppress(Conflict):   # they keep their own names: one constraint less
+            spaces.pick(taken, whole, at * times + number)
+
+
+def _unread(reference: Program, parallel: Program, lay: bool) -> Classes:
+    spaces, forms = Spaces(), Forms()
+    classes = Classes({"reference": reference, "parallel": parallel}, Notes(spaces), {})
+    for program in (reference, parallel):
+        for rank, trace in enumerate(program.traces):
+            layout = Layout(spaces, program, rank, Repeats(forms, trace, lay))
+            classes.layouts[layout.where] = layout
     return classes
 
 
@@ -73,7 +104,7 @@ def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meet
             if is_float(ref) and call.name != "tv.escape":
                 classes.computed.update(layout.dims(ref))
         if call.collective is None and not call.name.startswith("tv."):
-            if not is_integer_only(call) or (layout.repeats.began[call.index] and not any(layout.shifted(r) for r in reads(call))):
+            if not is_integer_only(call) or base(call.name) in LOGIC or (layout.repeats.began[call.index] and not any(layout.shifted(r) for r in reads(call))):
                 _apply(classes, layout, call, table)
             else:
                 classes.unread.add((*layout.where, call.index))

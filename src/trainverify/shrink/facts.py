@@ -3,11 +3,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from trainverify.diagnostics import Span
 from trainverify.ir.trace import Arg, OpCall, TensorRef
 from trainverify.ir.trace import Sequence as Listed
 from trainverify.shrink.layout import Layout
+from trainverify.shrink.repeat import references
 from trainverify.shrink.spaces import Conflict, Spaces
 
 
@@ -34,6 +38,9 @@ class Notes:
     domains: list[Domain] = field(default_factory=list)
     ties: list[tuple[int, ...]] = field(default_factory=list)       # spaces of equal size whose counts must stay equal
     meets: list[tuple[int, ...]] = field(default_factory=list)      # the dimensions of one call
+    rows: Any = None                                                # known.Rows
+    often: list[tuple[int, int, np.ndarray]] = field(default_factory=list)     # (rows, where they are from, which index each is): each index as often
+    multiples: list[tuple[int, int]] = field(default_factory=list)  # (space, n): a kernel takes multiples of n alone
     times: list[int] = field(default_factory=list)                  # of each of these: how many calls are like it
 
 
@@ -93,6 +100,31 @@ class Facts:
 
     def chunks(self, s: int, parts: Sequence[int]) -> None:
         self.spaces.cat(s, parts)
+
+    def known(self, ref: TensorRef) -> np.ndarray | None:
+        """The values of an integer argument that says which rows are taken, or where they are cut: the same in all calls like this one."""
+        rows = self.notes.rows
+        if rows is None:
+            return None
+        key = (self.layout.where, self.call.index, list(references(self.call)).index(ref))
+        return None if key in rows.differing or key in rows.chosen else rows.values.get(key)
+
+    def is_chosen(self) -> bool:
+        """Whether floats have decided integers that it takes."""
+        rows = self.notes.rows
+        return rows is None or any((self.layout.where, self.call.index, p) in rows.chosen for p in range(len(list(references(self.call)))))
+
+    def picked(self, taken: int, base: int, ref: TensorRef) -> None:
+        """The indices of `taken` are those that an integer argument names, among those of base. What follows one after the other needs no names."""
+        at = self.known(ref)
+        if at is None or len(at) < 2:
+            return
+        at = np.where(at < 0, at + self.spaces.size(base), at)
+        times = np.bincount(at)
+        if times.max() == 1 and (len(at) == self.spaces.size(base) or (np.diff(at) != 1).any()):
+            self.spaces.pick(taken, base, at)
+        elif len(times) == self.spaces.size(base) and times.min() == times.max() > 1:
+            self.notes.often.append((taken, base, at))
 
     def domain(self, ref: TensorRef, space: int) -> None:
         self.notes.domains.append(Domain(self.layout.where, ref, space, self.span, self.call))

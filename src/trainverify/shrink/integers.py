@@ -23,11 +23,11 @@ from trainverify.shrink.facts import Domain
 from trainverify.shrink.flow import TAINTED, Rank, flows, meeting
 from trainverify.shrink.repeat import is_float, references, scalars
 from trainverify.shrink.rules import base
-from trainverify.shrink.spaces import PRODUCT, Kept, Spaces
+from trainverify.shrink.spaces import PICK, PRODUCT, Kept, Spaces
 
 MOVES = {"clone", "copy", "_to_copy", "cat", "stack", "alias", "detach", "contiguous", "split_with_sizes_copy", "constant_pad_nd", "repeat"}
 INDEXING = {"embedding", "embedding_dense_backward", "gather", "scatter", "scatter_add", "index_select", "index_add", "index", "_unsafe_index", "index_put",
-            "_index_put_impl", "_unsafe_index_put", "nll_loss_forward", "nll_loss_backward"}
+            "_index_put_impl", "_unsafe_index_put", "nll_loss_forward", "nll_loss_backward", "torchtitan.deterministic_scatter_add"}
 MOVED = {"embedding", "gather", "index_select", "index", "_unsafe_index"}       # each element of the result is one of an argument's
 RUNNING = {"cumsum", "_softmax", "_log_softmax", "_safe_softmax"}        # add up without losing a dimension
 COUNTED = ("nonzero", "masked_select", "repeat_interleave", "_unique2", "bincount")
@@ -384,6 +384,8 @@ def locate(spaces: Spaces, s: int, at: np.ndarray, into: dict[int, set[int]]) ->
             k, at = np.divmod(at, size)
             locate(spaces, p, np.unique(k), into)
             at = np.unique(at)
+    elif form.kind == PICK:
+        locate(spaces, form.parts[0], form.picked[at], into)
     else:
         for p in form.parts:
             inside = at < spaces.size(p)

@@ -1,6 +1,7 @@
 """Both programs at small sizes: classes, sizes, integers, traces, and the check that each call, executed at these sizes, gives them (trusted)."""
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,10 +11,11 @@ from trainverify.ir.trace import Program
 from trainverify.ops.table import OpTable
 from trainverify.shrink.check import check
 from trainverify.shrink.classes import Classes, read, refusal
-from trainverify.shrink.integers import Full, Integers, Values, check_sizes
+from trainverify.shrink.integers import Full, Integers, Values, check_sizes, locate
+from trainverify.shrink.known import rows_known
 from trainverify.shrink.rewrite import Rewriter
 from trainverify.shrink.solve import LEAST, Sizes, problem, solve
-from trainverify.shrink.spaces import Kept
+from trainverify.shrink.spaces import PICK, Kept, Spaces, kept_among
 from trainverify.shrink.values import fill
 
 LARGEST = 1 << 30                             # bytes of one reduced tensor: what keeps its size is then too much to be verified
@@ -54,7 +56,7 @@ class Reducer:
     def __init__(self, reference: Program, parallel: Program, table: OpTable, progress: Callable = lambda *a, **k: None):
         progress("reduce", "classes")
         self.table, self.progress = table, progress
-        self.classes = read(reference, parallel, table)
+        self.classes = read(reference, parallel, table, rows_known)
         self.values = Values(self.classes)
         for domain, call in self.values.clashes():
             self.classes.spaces.pin(domain.space, f"its indices are also numbers, in {call.name}", domain.span)
@@ -113,7 +115,7 @@ def _bearable(classes: Classes, kept: Kept) -> None:
 
 def _settled(classes: Classes, integers: Integers, base: int, unlike: Kept | None, progress: Callable) -> tuple[Kept, Sizes, Full]:
     """Sizes such that every index that occurs at a kept position is kept."""
-    required: dict[int, set[int]] = {}
+    required = _picked(classes.spaces)
     for _ in range(ROUNDS):
         progress("reduce", "sizes")
         kept, sizes = sized(classes, base, required, unlike)
@@ -130,3 +132,18 @@ def _settled(classes: Classes, integers: Integers, base: int, unlike: Kept | Non
             return kept, sizes, full
         required = wanted
     raise refusal("SHAPE003", "the indices that occur need more and more sizes", "verify without --reduce")
+
+
+def _picked(spaces: Spaces) -> dict[int, set[int]]:
+    """Atoms' indices such that of all rows that data pick together (those of one expert, those from one rank to another), one at least is kept."""
+    required: dict[int, set[int]] = defaultdict(set)
+    for s, index in spaces.fixed:
+        locate(spaces, s, np.array([index]), required)
+
+    def kept(atom: int, at: np.ndarray) -> np.ndarray:
+        return np.isin(at, list(required.get(atom, ())))
+    for s in spaces.roots():
+        form = spaces.form(s)
+        if form is not None and form.kind == PICK and not kept_among(spaces, s, np.arange(spaces.size(s)), kept).any():
+            locate(spaces, s, np.array([0]), required)
+    return required

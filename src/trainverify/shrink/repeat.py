@@ -176,9 +176,9 @@ def unnumbered(name: str) -> str:
 
 
 class Repeats:
-    """One rank's calls by form, its storages by what they are laid upon, and the calls that differ after that."""
+    """One rank's calls by form, its storages by what they are laid upon, and the calls that differ after that. lay: whether anything is laid."""
 
-    def __init__(self, forms: Forms, trace: Trace):
+    def __init__(self, forms: Forms, trace: Trace, lay: bool = True):
         self.forms, self.trace = forms.forms, trace
         self.form: list[int] = []
         self.named: list[tuple[int, ...]] = []
@@ -188,14 +188,18 @@ class Repeats:
             self.form.append(number)
             self.named.append(named)
         self.canon = list(range(len(trace.storages)))
-        widths, roles = self._widths(), self._roles()
+        if lay:
+            self._laid()
+        self.canon = [self.find(s) for s in range(len(trace.storages))]
+        self.like: list[int] = []             # the first call with the same form and storages
+        self._tell_apart()
+
+    def _laid(self) -> None:
+        widths, roles, trace = self._widths(), self._roles(), self.trace
         first: dict[tuple, int] = {}
         for sid, role in roles.items():
             self._join(sid, first.setdefault((role, trace.storages[sid].nbytes), sid), widths)
         self._lay(widths, roles)
-        self.canon = [self.find(s) for s in range(len(trace.storages))]
-        self.like: list[int] = []             # the first call with the same form and storages
-        self._tell_apart()
 
     def _widths(self) -> dict[int, set[int]]:
         """Bytes of one element, for each storage; geometry is looked up once for each form."""

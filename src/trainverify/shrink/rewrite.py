@@ -15,7 +15,7 @@ from trainverify.shrink.classes import Classes, is_integer_only, refusal, row_pi
 from trainverify.shrink.counts import Written, _with
 from trainverify.shrink.integers import MOVES, SAME_ELSEWHERE, VALUELESS, Full, Values, places
 from trainverify.shrink.layout import Layout
-from trainverify.shrink.repeat import is_float, item
+from trainverify.shrink.repeat import is_float, item, references
 from trainverify.shrink.rules import base, stepped
 from trainverify.shrink.spaces import Kept
 from trainverify.shrink.templates import Template
@@ -83,7 +83,7 @@ class Rewriter:
 
     def _is_template(self, call: OpCall) -> bool:
         """Whether nothing but storages tells it from the calls like it: no values that were recorded for it alone."""
-        if call.name.startswith("tv.") or call.rng or base(call.name) in (*SAME_ELSEWHERE, "arange") or (*self.layout.where, call.index) in self.full.truths:
+        if call.name.startswith("tv.") or call.rng or base(call.name) in (*SAME_ELSEWHERE, "arange", "_grouped_mm") or (*self.layout.where, call.index) in self.full.truths:
             return False
         repeats = self.layout.repeats
         return not repeats.forms[repeats.form[call.index]].has_scalars
@@ -174,7 +174,7 @@ class Rewriter:
         """What was drawn, at the kept positions."""
         for k, ref in enumerate(call.targets()) if call.rng else ():
             raw = np.ascontiguousarray(self.blobs_before[f"rng.{call.index}.{k}"]).reshape(-1).view(np.uint8)
-            drawn = raw.reshape(*ref.size, -1)[self._indices(ref)] if ref.size else raw
+            drawn = raw.reshape(*ref.size, -1)[self._indices(ref)] if ref.size and ref.numel else raw
             if not is_float(ref):
                 drawn = _as_bytes(places(self.kept, self.values.of(self.layout.where, ref), _as_tensor(drawn, ref)))
             self.blobs[f"rng.{index}.{k}"] = np.ascontiguousarray(drawn).reshape(-1)
@@ -296,8 +296,18 @@ def _selected(w: Rewriter, call: OpCall, after: OpCall) -> tuple[Arg, ...]:
     return (after.args[0], Sequence(out.size), call.args[2], w.kept.before(s, call.args[3] % w.classes.spaces.size(s)))
 
 
+def _groups(w: Rewriter, call: OpCall, after: OpCall) -> tuple[Arg, ...]:
+    """The ends of the groups, among the kept rows."""
+    rows = w.layout.dims(call.args[0])[0 if len(call.args[1].size) == 3 else 1]
+    like = w.layout.repeats.like[call.index]
+    ends = w.classes.notes.rows.values.get((w.layout.where, like, list(references(call)).index(call.args[2])))
+    if ends is None:
+        return after.args
+    return (*after.args[:2], w.data(torch.tensor([w.kept.before(rows, e) for e in ends.tolist()], dtype=torch.int32)), *after.args[3:])
+
+
 ARGUMENTS: dict[str, Callable[[Rewriter, OpCall, OpCall], tuple[Arg, ...]]] = {
     **dict.fromkeys(("zeros", "ones", "full", "empty", "rand", "randn"), _sizes(0)), **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _sizes(1)),
     "empty_strided": _sizes(0, 1), "new_empty_strided": _sizes(1, 2), "embedding_dense_backward": _rows,
     **dict.fromkeys(("split_with_sizes_copy", "split_copy", "split_with_sizes", "split", "unsafe_split", "unsafe_split_with_sizes", "fsdp.split_with_sizes_copy"), _parts),
-    "fsdp.all_gather_copy_in": _copied_in, "constant_pad_nd": _padding, "slice_backward": _sliced, "select_backward": _selected}
+    "fsdp.all_gather_copy_in": _copied_in, "constant_pad_nd": _padding, "_grouped_mm": _groups, "slice_backward": _sliced, "select_backward": _selected}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from trainverify.ir.trace import Sequence, TensorRef, inputs
 from trainverify.ops.table import OpTable
 from trainverify.shrink.facts import Facts, Undecoded, ints, refs
+from trainverify.shrink.repeat import is_float, item, references
 from trainverify.shrink.spaces import ONE, Spaces
 
 RULES: dict[str, Callable[[Facts], None]] = {}
@@ -160,6 +161,8 @@ def choice(f: Facts) -> None:
         return
     if isinstance(f.arg(1), TensorRef):
         return pointwise(f)
+    if base(f.call.name) in ("sort", "argsort") and not any(is_float(r) for r in references(f.call)) and not f.is_chosen():
+        return None                           # an order that integers have: what it puts in order says so (Facts.picked)
     if base(f.call.name) in ("max", "min") and not f.is_read(f.out(1)):       # nobody asks which one it is
         return _reduce(f, 1)
     x = f.tensor(0)
@@ -216,6 +219,30 @@ def _product(f: Facts, left: TensorRef, right: TensorRef) -> None:
     f.alike(o[:-2], b[:-2])
     f.same(o[-2], a[-2])
     f.same(o[-1], b[-1])
+
+
+@rule("_grouped_mm")
+def grouped_mm(f: Facts) -> None:
+    """One product for each group of rows ([n, k] @ [g, k, m]), or one for each group of what is added over ([m, n] @ [n, k])."""
+    a, b, o, ends = f.dims(f.tensor(0)), f.dims(f.tensor(1)), f.dims(f.out()), f.tensor(2)
+    known = f.known(ends)
+    if known is None or len(a) != 2:
+        raise Undecoded("groups of rows that are not known")
+    rows, groups = (a[0], b[0]) if len(b) == 3 else (a[1], o[0])
+    if len(b) == 3:
+        f.same(a[1], b[1])
+        f.alike(o, (a[0], b[2]))
+    else:
+        f.same(a[1], b[0])
+        f.alike(o[1:], (a[0], b[1]))
+    f.notes.multiples += [(s, 16 // item(f.tensor(0).dtype)) for s in (o[-1], a[1] if len(b) == 3 else a[0])]      # the kernel wants rows of 16 bytes
+    f.pin(groups, "its groups are told apart", structural=True)
+    f.same(f.dims(ends)[0], groups)
+    start = 0
+    for end in known.tolist():
+        if end > start:
+            f.spaces.segment(rows, start, end)
+        start = end
 
 
 @rule("mv", "dot", "vdot")
@@ -407,6 +434,16 @@ def scatter(f: Facts) -> None:
         f.alike(f.dims(f.arg(3)), f.dims(index))
 
 
+@rule("torchtitan.deterministic_scatter_add")
+def scatter_rows(f: Facts) -> None:
+    """out[index[i][j]][j] += src[i][j]"""
+    x, index = f.dims(f.tensor(0)), f.tensor(1)
+    f.alike(f.dims(f.out()), x)
+    _along(f, f.dims(index), x, 0)
+    f.domain(index, x[0])
+    f.alike(f.dims(f.tensor(2)), f.dims(index))
+
+
 def _along(f: Facts, index, x, k: int) -> None:
     """All but dimension k of an index are the first indices of the tensor's."""
     for j, (a, b) in enumerate(zip(index, x)):
@@ -421,6 +458,7 @@ def index_select(f: Facts) -> None:
     k = f.axis(1, len(x))
     f.alike(out, (*x[:k], *(f.dims(index) or (ONE,)), *x[k + 1:]))
     f.domain(index, x[k])
+    f.picked(out[k], x[k], index)
 
 
 @rule("index_add")
@@ -431,6 +469,7 @@ def index_add(f: Facts) -> None:
     f.alike(f.dims(f.out()), x)
     f.alike(source, (*x[:k], *(f.dims(index) or (ONE,)), *x[k + 1:]))
     f.domain(index, x[k])
+    f.picked(source[k], x[k], index)
 
 
 @rule("index", "_unsafe_index")
@@ -463,6 +502,8 @@ def _indexed(f: Facts, x, at: list[TensorRef | None]) -> list[int]:
     for k in used:
         f.broadcast(f.dims(at[k]), whole)
         f.domain(at[k], x[k])
+    if len(used) == 1 and len(whole) == 1:
+        f.picked(whole[0], x[used[0]], at[used[0]])
     return [*x[:used[0]], *whole, *x[used[-1] + 1:]]
 
 

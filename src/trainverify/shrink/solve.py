@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.shrink.classes import Classes
-from trainverify.shrink.spaces import CAT, ONE, PRODUCT, Kept, Spaces
+from trainverify.shrink.spaces import CAT, ONE, PICK, PRODUCT, Kept, Spaces
 
 LEAST = 4                                     # a sum of two terms satisfies identities that longer ones do not; more is asked for where a proof needs it
 WISH = 1_000_000                              # what a wish weighs that cannot be had
@@ -28,6 +28,7 @@ class Problem:
     smaller: list[tuple[int, int]]            # atoms of one concatenation: the shorter stays shorter
     distinct: list[tuple[int, int]]           # spaces of different sizes that meet
     wished: list[tuple[int, int]]             # spaces of one size that meet: different if that can be
+    multiples: list[tuple[int, int]] = field(default_factory=list)      # (space, n): its count is a multiple of n, as its size is
     other: dict[int, int] = field(default_factory=dict)       # atoms whose count must not be this one
 
 
@@ -58,8 +59,11 @@ def problem(classes: Classes, required: dict[int, int], base: int = LEAST, unlik
             live = [p for p in dict.fromkeys(s.flat(r)) if s.size(p) > 1 and reachable.issuperset(s.atoms(p))]      # the others nobody computes with
             _siblings(s, live, equal, smaller)
     distinct, wished = _meetings(classes)
+    equal = [p for p in equal if not (s.picks(p[0]) or s.picks(p[1]))]
+    smaller = [p for p in smaller if not (s.picks(p[0]) or s.picks(p[1]))]
+    multiples = [(s.find(d), n) for d, n in classes.notes.multiples if s.size(d) % n == 0]
     other = {} if unlike is None else {a: unlike.count(a) for a in atoms_of(classes) if a not in full and unlike.count(a) < s.size(a)}
-    return Problem(full, least, list(dict.fromkeys(equal)), list(dict.fromkeys(smaller)), distinct, wished, other)
+    return Problem(full, least, list(dict.fromkeys(equal)), list(dict.fromkeys(smaller)), distinct, wished, list(dict.fromkeys(multiples)), other)
 
 
 def _siblings(s: Spaces, parts: list[int], equal: list, smaller: list) -> None:
@@ -78,6 +82,8 @@ def _meetings(classes: Classes) -> tuple[list, list]:
     for dims in {tuple(sorted({s.find(d) for d in meet} - {ONE})) for meet in classes.notes.meets}:
         for i, a in enumerate(dims):
             for b in dims[:i]:
+                if s.picks(a) or s.picks(b):      # what data pick has no size that could be chosen
+                    continue
                 if s.size(a) != s.size(b):
                     distinct[(b, a)] = None
                 elif s.size(a) > 1:
@@ -108,6 +114,8 @@ def solve(classes: Classes, wanted: Problem) -> Sizes:
         model.add(of(a) != of(b))
     for a, n in wanted.other.items():
         model.add(of(a) != n)
+    for a, n in wanted.multiples:
+        model.add(of(a) == n * model.new_int_var(1, s.size(a) // n, ""))
     merged = []
     for a, b in wanted.wished:
         same = model.new_bool_var("")
@@ -149,6 +157,8 @@ def counted(s: Spaces, x: int, count: dict[int, int]) -> int:
     form = s.form(x)
     if form is None:
         return count.get(x, s.size(x))
+    if form.kind == PICK:                     # as many of its rows as of those that it is picked from
+        return max(1, s.size(x) * counted(s, form.parts[0], count) // s.size(form.parts[0]))
     counts = [counted(s, p, count) for p in form.parts]
     return math.prod(counts) if form.kind == PRODUCT else sum(counts)
 
@@ -159,6 +169,8 @@ def _variable(model, s: Spaces, x: int, wanted: Problem, of: Callable):
         if n <= 1 or x in wanted.full:
             return model.new_constant(n)
         return model.new_int_var(wanted.least[x], n, f"c{x}")
+    if form.kind == PICK:
+        return model.new_int_var(0, n, f"k{x}")
     parts = [of(p) for p in form.parts]
     if form.kind == CAT:
         return sum(parts)
@@ -175,5 +187,6 @@ def check(s: Spaces, wanted: Problem, found: Sizes) -> None:
     bad = [x for x, n in found.count.items() if not (n == s.size(x) if x in wanted.full else wanted.least[x] <= n <= s.size(x))]
     bad += [p for p in wanted.equal if of(p[0]) != of(p[1])] + [p for p in wanted.smaller if of(p[0]) >= of(p[1])]
     bad += [p for p in wanted.distinct if of(p[0]) == of(p[1])] + [a for a, n in wanted.other.items() if of(a) == n]
+    bad += [a for a, n in wanted.multiples if of(a) % n]
     if bad:
         raise AssertionError(f"sizes that do not satisfy their constraints: {bad[:5]}")

@@ -5,12 +5,14 @@ and splits dimensions), or the concatenation of spaces (as cat, slices and shard
 has a structure already, both are refined until they agree, so that in the end every space has one structure over atoms. What cannot be
 brought to agree is pinned: it keeps its full size, with a reason.
 
+Rows that data have put in an order, or picked (tokens by expert), are named by where they come from: index i of such a space is a given index of another.
+
 A reduction chooses for each atom which of its indices are kept; that determines the kept indices of every space. `Kept` evaluates it.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy as np
 from trainverify.diagnostics import Span
 
 ROWS = 64                                     # a dimension of at most so many indices may be told apart index by index (ranks, microbatches)
-PRODUCT, CAT = "product", "cat"
+PRODUCT, CAT, PICK = "product", "cat", "pick"
 ONE = 0
 
 
@@ -40,6 +42,11 @@ class Pin:
 class Form:
     kind: str
     parts: tuple[int, ...]
+    at: bytes = b""                           # of a pick: for each index, which one of parts[0] it is
+
+    @property
+    def picked(self) -> np.ndarray:
+        return np.frombuffer(self.at, dtype=np.int64)
 
 
 class Spaces:
@@ -47,6 +54,7 @@ class Spaces:
         self._size, self._parent, self._form = [1], [0], [None]
         self.pins: list[Pin] = []
         self._loose: dict[tuple[int, int, int], int] = {}
+        self.fixed: list[tuple[int, int]] = []       # indices that must be kept: (space, index)
 
     # ---- spaces
     def new(self, size: int) -> int:
@@ -90,6 +98,8 @@ class Spaces:
             self._form[a] = form
         elif form is not None and form.kind == PRODUCT:
             self.product(a, form.parts)
+        elif form is not None and form.kind == PICK:
+            self.pick(a, form.parts[0], form.picked)
         elif form is not None:
             self._cat(a, form.parts)
 
@@ -107,6 +117,8 @@ class Spaces:
             self._form[s] = Form(PRODUCT, parts)
         elif form.kind == PRODUCT:
             self._align(s, form.parts, parts)
+        elif form.kind == PICK:
+            self._pin_all((s, *parts), "rows that data have put in an order are taken apart")
         else:
             self._product_of_cat(s, parts)
 
@@ -128,6 +140,59 @@ class Spaces:
             self.unify(self.segment(s, at, at + self.size(p)), p)
             at += self.size(p)
 
+    def pick(self, s: int, base: int, at: np.ndarray) -> None:
+        """Index i of s is index at[i] of base; no two are the same one."""
+        s, base, n = self.find(s), self.find(base), len(at)
+        if n != self.size(s):
+            raise Conflict(f"{n} rows are picked for {self.size(s)}")
+        if n <= 1:
+            self.fixed += [(base, int(i)) for i in at]
+            return
+        if n == self.size(base) and np.array_equal(at, np.arange(n)):
+            return self.unify(s, base)
+        form, other = self._form[base], self._form[s]
+        if form is not None and form.kind == PICK:
+            return self.pick(s, form.parts[0], form.picked[at])
+        if other is not None and other.kind == CAT:
+            ends = np.cumsum([0, *map(self.size, other.parts)]).tolist()
+            for p, lo, hi in zip(other.parts, ends, ends[1:]):
+                self.pick(p, base, at[lo:hi])
+        elif other is not None and other.kind == PICK:
+            self._both(s, base, at, other)
+        elif other is not None or s in self._under(base):
+            raise Conflict("rows that data have put in an order have another structure already")
+        else:
+            self._form[s] = Form(PICK, (base,), np.ascontiguousarray(at, dtype=np.int64).tobytes())
+
+    def _both(self, s: int, base: int, at: np.ndarray, known: Form) -> None:
+        """s was picked from two spaces."""
+        there, its = self.find(known.parts[0]), known.picked
+        if np.array_equal(at, its) and self.size(there) == self.size(base):
+            self.unify(there, base)
+        elif there == base:
+            raise Conflict("rows were put in two orders")
+        elif len(at) == self.size(base):
+            self.pick(base, there, its[np.argsort(at)])
+        elif len(its) == self.size(there):
+            self.pick(there, base, at[np.argsort(its)])
+        else:
+            raise Conflict("rows were picked from two places")
+
+    def _under(self, s: int) -> set[int]:
+        """s and all of which it is made."""
+        found, stack = set(), [self.find(s)]
+        while stack:
+            x = stack.pop()
+            if x not in found:
+                found.add(x)
+                form = self._form[x]
+                stack += [self.find(p) for p in form.parts] if form else []
+        return found
+
+    def picks(self, s: int) -> bool:
+        """Whether data decide how many of its indices are kept."""
+        return any((form := self._form[x]) is not None and form.kind == PICK for x in self._under(s))
+
     def segment(self, s: int, lo: int, hi: int) -> int:
         """The space of the indices lo .. hi - 1 of s."""
         s = self.find(s)
@@ -143,6 +208,10 @@ class Spaces:
             return pieces[1 if lo else 0]
         if form.kind == CAT:
             return self._segment_of_cat(form, lo, hi)
+        if form.kind == PICK:
+            made = self.new(hi - lo)
+            self.pick(made, form.parts[0], form.picked[lo:hi])
+            return self.find(made)
         return self._segment_of_product(s, form, lo, hi)
 
     def _segment_of_cat(self, form: Form, lo: int, hi: int) -> int:
@@ -257,7 +326,7 @@ class Spaces:
                 form = self._form[s]
                 if form is None or self.find(s) != s:
                     continue
-                key = (form.kind, self.flat(s))
+                key = (form.kind, self.flat(s), form.at)
                 other = known.setdefault(key, s)
                 if self.find(other) != self.find(s):
                     self.unify(other, s)
@@ -269,7 +338,7 @@ class Spaces:
         out: list[int] = []
         for p in form.parts if form else ():
             inner = self._form[self.find(p)]
-            out += self.flat(p) if inner is not None and inner.kind == form.kind else [self.find(p)]
+            out += self.flat(p) if inner is not None and inner.kind == form.kind != PICK else [self.find(p)]
         return tuple(out)
 
     def atoms(self, s: int) -> tuple[int, ...]:
@@ -300,6 +369,8 @@ class Kept:
             form = self.spaces.form(s)
             if form is None:
                 self._count[s] = len(self._atoms[s]) if s in self._atoms else self.spaces.size(s)
+            elif form.kind == PICK:
+                self._count[s] = int(self._among(form).sum())
             else:
                 counts = [self.count(p) for p in form.parts]
                 self._count[s] = math.prod(counts) if form.kind == PRODUCT else sum(counts)
@@ -314,6 +385,8 @@ class Kept:
         form = self.spaces.form(s)
         if form is None:
             return int(np.searchsorted(self._atoms[s], at))
+        if form.kind == PICK:
+            return int(np.searchsorted(self.indices(s), at))
         if form.kind == PRODUCT:
             total, size, count = 0, size, count
             for p in form.parts:
@@ -343,6 +416,8 @@ class Kept:
             return np.arange(self.spaces.size(s))
         if form is None:
             return self._atoms[s]
+        if form.kind == PICK:
+            return np.flatnonzero(self._among(form))
         out = np.zeros(1 if form.kind == PRODUCT else 0, dtype=np.int64)
         at = 0
         for p in form.parts:
@@ -353,3 +428,32 @@ class Kept:
                 out = np.concatenate([out, mine + at])
                 at += self.spaces.size(p)
         return out
+
+    def _among(self, form: Form) -> np.ndarray:
+        """Of each index of a pick, whether it is kept."""
+        base = np.zeros(self.spaces.size(form.parts[0]), dtype=bool)
+        base[self.indices(form.parts[0])] = True
+        return base[form.picked]
+
+
+def kept_among(spaces: Spaces, s: int, at: np.ndarray, atoms: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Which of these indices of s are kept; atoms(a, indices) says so of an atom."""
+    s = spaces.find(s)
+    form = spaces.form(s)
+    if form is None:
+        return atoms(s, at)
+    if form.kind == PICK:
+        return kept_among(spaces, form.parts[0], form.picked[at], atoms)
+    found = np.ones(len(at), dtype=bool)
+    if form.kind == PRODUCT:
+        size = spaces.size(s)
+        for p in form.parts:
+            size //= spaces.size(p)
+            k, at = np.divmod(at, size)
+            found &= kept_among(spaces, p, k, atoms)
+        return found
+    ends = np.cumsum([0, *map(spaces.size, form.parts)])
+    part = np.searchsorted(ends, at, side="right") - 1
+    for k in np.unique(part).tolist():
+        found[part == k] = kept_among(spaces, form.parts[k], at[part == k] - ends[k], atoms)
+    return found

@@ -156,3 +156,56 @@ pair("label_at_the_end", lambda w, x: x.gather(1, torch.arange(12)[:, None] % 5)
      x=(12, 5))
 pair("top_two_experts_are_all", lambda w, x: dot(w, (x.softmax(-1))), lambda w, x: dot(w, torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, x.softmax(-1).topk(2, -1).values)),
      w=(3, 8), x=(3, 8))
+
+
+# ---- experts: integers put tokens in an order, and say how many each expert gets
+TOP = 2
+
+
+def slots(tokens: int, experts: int):
+    """Balanced routing: (slots of tokens by expert, how many rows each expert gets)."""
+    chosen = torch.arange(tokens * TOP) % experts
+    return chosen.argsort(stable=True), chosen.bincount(minlength=experts).tolist()
+
+
+def experts(w, x, turn=0, row=lambda order, tokens: order // TOP, end=0):
+    """Each token by its two experts. turn: expert e takes the weights of e + turn; end: so many rows of the last expert are dropped."""
+    order, counts = slots(len(x), len(w))
+    rows = x[row(order, len(x))]
+    made = [part @ w[(e + turn) % len(w)] for e, part in enumerate(rows.split(counts))]
+    if end:
+        made[-1] = torch.cat([made[-1][:-end], made[-1][-end:] * 0.0])
+    return torch.zeros_like(x).index_add(0, order // TOP, torch.cat(made)).square().sum()
+
+
+def unsorted(w, x, back):
+    """What the experts made, brought back by back(order) and added up by token."""
+    order, counts = slots(len(x), len(w))
+    made = torch.cat([part @ w[e] for e, part in enumerate(x[order // TOP].split(counts))])
+    return made[back(order)].view(len(x), TOP, -1).sum(1).square().sum()
+
+
+def exchanged(w, x, turn=0, cut=0):
+    """Ranks with equal parts of the tokens and of the experts; what is sent is for the experts `turn` ranks further on; the last of two ranks gets 2 * cut
+    rows of each too many."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    mine, here = x.chunk(n)[rank], w.chunk(n)[(rank + turn) % n]
+    order, counts = slots(len(mine), len(w))
+    sent = mine[order // TOP].contiguous()
+    to_send = [len(sent) // n] * n if not cut else [len(sent) // 2 - cut, len(sent) // 2 + cut]
+    got = sent.new_empty(n * to_send[rank], sent.shape[1])
+    dist.all_to_all_single(got, sent, [to_send[rank]] * n, to_send)
+    each = counts[0]
+    made = torch.cat([part @ here[k % len(here)] for k, part in enumerate(got.split(each))])
+    back = torch.empty_like(sent)
+    dist.all_to_all_single(back, made, to_send, [to_send[rank]] * n)
+    return summed(torch.zeros_like(mine).index_add(0, order // TOP, back).square().sum())
+
+
+pair("experts_take_the_next_weights", experts, lambda w, x: experts(w, x, turn=1), w=(4, 6, 6), x=(12, 6))
+pair("expert_drops_its_last_row", experts, lambda w, x: experts(w, x, end=1), w=(4, 6, 6), x=(12, 6))
+pair("tokens_of_slots_by_remainder", experts, lambda w, x: experts(w, x, row=lambda order, tokens: order % tokens), w=(4, 6, 6), x=(12, 6))
+pair("rows_brought_back_by_their_own_order", lambda w, x: unsorted(w, x, lambda order: order.argsort()), lambda w, x: unsorted(w, x, lambda order: order),
+     w=(4, 6, 6), x=(12, 6))
+pair("experts_of_the_other_rank", experts, lambda w, x: exchanged(w, x, turn=1), w=(4, 6, 6), x=(12, 6), ranks=2)
+pair("rows_sent_in_wrong_splits", experts, lambda w, x: exchanged(w, x, cut=1), w=(4, 6, 6), x=(12, 6), ranks=2)
