@@ -1,20 +1,24 @@
 """Mutation score: bugs are planted in recorded programs that equal their reference, and each mutant is verified, proofs and all.
 
-    python bench/mutants.py [SPEC.py[:CASE] ...] [--most N] [--seed S] [--kind KIND ...] [--fast] [--json FILE]
+    python bench/mutants.py [SPEC.py[:CASE] ...] [--most N] [--seed S] [--kind KIND ...] [--fast] [--jobs N] [--json FILE]
 
 A table by kind: mutants that run, those that change no output (a replay in float64 decides it), and of those that do, how many are REFUTED, how
-many UNKNOWN. One that changes an output which is PROVED is printed with all that is known of it, and the exit code is 1.
+many UNKNOWN. One that changes an output which is PROVED is printed with all that is known of it, and the exit code is 1. As many programs at a time as
+there are cores; how many does not change the table.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from trainverify.diagnose.score import NotEqual, Scored, scored
@@ -42,6 +46,19 @@ def rows(spec: str, seed: int, most: int, kinds: tuple[str, ...], kernel: bool) 
     for s in scored(reference, parallel, seed, most, kinds, kernel=kernel):
         yield {"spec": spec, **row(s), "seconds": round(time.process_time() - started, 1)}
         started = time.process_time()
+
+
+def said(spec: str, seed: int, most: int, kinds: tuple[str, ...], kernel: bool) -> list[dict]:
+    """The mutants of one program, each told as it comes; none where no bugs can be planted."""
+    found: list[dict] = []
+    try:
+        for r in rows(spec, seed, most, kinds, kernel):
+            found.append(r)
+            where = f"{r['place'] or 'no line'}, ranks {r['ranks']} ({spec})"
+            print(f"{r['seconds']:6.1f} s  {r['result']:<8} {r['kind']}: {r['text']} at {where}", file=sys.stderr, flush=True)
+    except NotEqual as e:
+        print(f"{spec}: no bugs can be planted: {e}", file=sys.stderr)
+    return found
 
 
 def row(s: Scored) -> dict:
@@ -77,18 +94,15 @@ def main() -> int:
     parser.add_argument("--kind", action="append", default=[], help="only this kind (may be repeated)")
     parser.add_argument("--fast", action="store_true", help="no proof where every changed output differs in the field already")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="programs at a time (default: one for each core)")
     args = parser.parse_args()
-    found: list[dict] = []
-    for spec in args.specs:
-        try:
-            for r in rows(spec, args.seed, args.most, tuple(args.kind), not args.fast):
-                found.append(r)
-                where = f"{r['place'] or 'no line'}, ranks {r['ranks']} ({spec})"
-                print(f"{r['seconds']:6.1f} s  {r['result']:<8} {r['kind']}: {r['text']} at {where}", file=sys.stderr, flush=True)
-        except NotEqual as e:
-            print(f"{spec}: no bugs can be planted: {e}", file=sys.stderr)
+    started = time.perf_counter()
+    with ProcessPoolExecutor(min(args.jobs, len(args.specs)), multiprocessing.get_context("fork")) as pool:
+        each = [pool.submit(said, spec, args.seed, args.most, tuple(args.kind), not args.fast) for spec in args.specs]
+        found = [r for its in each for r in its.result()]
     print(table(found))
     unknown = [r for r in found if r["result"] == "UNKNOWN"]
+    print(f"\n{len(found)} mutants of {len(args.specs)} programs: {sum(r['seconds'] for r in found):.0f} CPU seconds, {time.perf_counter() - started:.0f} seconds")
     print("\nnot refuted:\n" + ("\n".join(f"  {r['spec']}: {r['text']} at {r['place']}, ranks {r['ranks']}" for r in unknown) or "  nothing"))
     for r in failures(found):
         print(f"\nPROVED, AND ITS OUTPUT IS CHANGED: {json.dumps(r, indent=2)}")

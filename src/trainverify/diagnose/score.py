@@ -13,9 +13,12 @@ from trainverify.diagnose.mutate import Mutation, Mutator
 from trainverify.diagnose.oracle import Oracle
 from trainverify.diagnose.repair import CANNOT_RUN
 from trainverify.engine.analysis import analyse
+from trainverify.engine.proof import Lineages
+from trainverify.engine.prove import Prover
+from trainverify.engine.verdict import BLOCKING
 from trainverify.ir.check import problems
 from trainverify.ir.trace import Program
-from trainverify.relate.compare import Key
+from trainverify.relate.compare import Comparison, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +48,36 @@ def scored(reference: Program, parallel: Program, seed: int, most: int, kinds: t
     if unequal or not base.judgements:
         raise NotEqual(f"{len(unequal)} outputs are not equal, such as {unequal[:1]}")
     oracle = Oracle(reference, parallel, base, seed)
+    prover = Prover(reference, parallel, base.table, base.symbols, 2 * seed + 3, _quiet)
     for mutation in Mutator(parallel).mutations(seed, most, kinds):
         begin(mutation)
-        yield _scored(reference, parallel, mutation, oracle, extra_rows, kernel)
+        yield _scored(reference, parallel, mutation, oracle, extra_rows, prover, kernel)
 
 
-def _scored(reference: Program, parallel: Program, mutation: Mutation, oracle: Oracle, extra_rows: tuple, kernel: bool) -> Scored:
+def _scored(reference: Program, parallel: Program, mutation: Mutation, oracle: Oracle, extra_rows: tuple, prover: Prover, kernel: bool) -> Scored:
     edited = applied(parallel, mutation.edit)
     if problems(edited):
         return Scored(mutation, "invalid")
     try:
         changed = oracle.changed(edited)
-        found = analyse(reference, edited, extra_rows=extra_rows, proofs=kernel)
-        if not kernel and any(j.key in changed and j.reason.startswith("equal at") for j in found.judgements):
-            found = analyse(reference, edited, extra_rows=extra_rows)
+        found = analyse(reference, edited, extra_rows=extra_rows, proofs=False)
+        equal = {j.key for j in found.judgements if j.reason.startswith("equal at")}
+        blocked = any(d.code in BLOCKING for d in found.diagnostics)
+        proved = _proved(prover, edited, found.first.comparison) if not blocked and (kernel or changed & equal) else frozenset()
     except CANNOT_RUN:
         return Scored(mutation, "invalid")
-    verdicts = {j.key: j.verdict for j in found.judgements}
+    verdicts = {j.key: "PROVED" if j.key in equal & proved else j.verdict for j in found.judgements}
     overall = next((v for v in ("REFUTED", "UNKNOWN") if v in verdicts.values()), "PROVED")
     if not changed:
         return Scored(mutation, "same", overall)
-    wrongly = tuple(sorted(k for k in changed if verdicts.get(k) == "PROVED" or k in found.proof.proved))
+    wrongly = tuple(sorted(changed & proved))
     return Scored(mutation, "PROVED" if wrongly else "REFUTED" if overall == "REFUTED" else "UNKNOWN", overall, len(changed), wrongly)
+
+
+def _proved(prover: Prover, edited: Program, comparison: Comparison) -> frozenset[Key]:
+    """What the kernel alone proves of a mutant, whatever the field says of it; the store is that of all mutants before it."""
+    return prover.prove(edited, (), _quiet, lambda: Lineages(comparison.ref_lineage, comparison.lineage)).proved
+
+
+def _quiet(*args, **kwargs) -> None:
+    """Progress that nobody watches."""

@@ -16,7 +16,7 @@ from trainverify.algebra.terms import Terms
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.proof import Lineages, Proof, Vacuity, is_proved, replayed_side
 from trainverify.ir.trace import Program
-from trainverify.kernel.claims import PATIENCE, Claims
+from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import GARBAGE, Store
 from trainverify.ops.table import OpTable
 from trainverify.relate.choices import undecided
@@ -51,7 +51,7 @@ class Prover:
         may cost as much as they may in a program of which all should be proved."""
         claims, terms, places = self.claims, self.terms, self.places
         places.begin(parallel)
-        claims.wasted = 0 if patient else PATIENCE                # each program has its own
+        claims.begin_program(patient)
         world = replayed_side("parallel", parallel, terms, self.table, self.symbols, progress, self.vacuity)
         comparison = Comparison(self.symbols, [terms], self.reference, world, lineages())
         comparison.run()

@@ -108,6 +108,11 @@ class Claims:
         self._short_first = self._too_large = self._plainly = False
         self._shares = Shares(store, self._are_sums)
 
+    def begin_program(self, patient: bool) -> None:
+        """Another parallel program: its claims may fail anew, and cost again what claims that fail may cost (nothing more, if not patient)."""
+        self.wasted = 0 if patient else PATIENCE
+        self._failed = Counter({kind: n for kind, n in self._failed.items() if n < 0})
+
     # ---- rows to identifiers
     def resolve(self, kind: str, attr, rows: np.ndarray, prints: Prints) -> np.ndarray:
         """Identifiers [n] of rows [n, width]; prints answers for row numbers."""
