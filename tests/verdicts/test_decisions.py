@@ -2,6 +2,7 @@
 import math
 import re
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -338,3 +339,16 @@ def test_a_norm_may_be_small():
     report = compare(update(sgd, normalised), scaled(0.001))
     assert_not_equal(report, "w")
     assert "REL008" in codes(report)
+
+
+# -- how many elements there are, which Python sees
+
+@pytest.mark.parametrize("count", [lambda i: (i == 0).nonzero().shape[0], lambda i: i[i == 0].shape[0], lambda i: len(i.reshape(-1).bincount()),
+                                   lambda i: i.unique().numel(), lambda i: i.masked_select(i == 0).numel()], ids=["nonzero", "index", "bincount", "unique", "masked_select"])
+def test_a_choice_of_which_only_the_number_of_its_elements_is_used(count):
+    """Nothing in the trace takes them, but Python has seen the size."""
+    def counted(h, scores):
+        return h.square().sum() * count(scores.topk(1, -1).indices)
+
+    assert_equal(compare_forward(lambda h: counted(h, h), lambda h: counted(h, h)))
+    assert_unknown(compare_forward(lambda h: counted(h, h), lambda h: counted(h, h + 0.001 * h.flip(-1))), "REL008")

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from trainverify.ir.trace import OpCall, Program, ScalarRef, Sequence, TensorRef, inputs
+from trainverify.relate.decisions import is_sized_by_data
 from trainverify.replay.collectives import message
 from trainverify.replay.machine import DECIDED
 
 Place = tuple[int, int]                       # rank, position in its trace
 ALWAYS = {"tv.symbol", "tv.data", "tv.step", "tv.resize"}
-ASKED = {"tv.decision", "tv.escape"}          # and DECIDED
+ASKED = {"tv.decision", "tv.escape"}          # and DECIDED, and what data give sizes to
 NAMED = {"tv.param", "tv.stepped"}            # the first of each name says what the parameter holds
 
 
@@ -64,7 +65,7 @@ class _Part:
             if call.name in NAMED and (call.name, call.args[0]) not in named:
                 named.add((call.name, call.args[0]))
                 asked.append(p)
-            elif call.name in ASKED or call.name.rpartition(".")[0] in DECIDED:
+            elif call.name in ASKED or call.name.rpartition(".")[0] in DECIDED or is_sized_by_data(call):
                 asked.append(p)
 
     def of(self, outputs: Iterable[Place]) -> set[Place]:

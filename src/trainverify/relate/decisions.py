@@ -1,6 +1,7 @@
 """Matches the parallel program's decisions with the reference's: what float data chose must be chosen by the same values."""
 from __future__ import annotations
 
+import functools
 import os
 
 import msgspec
@@ -9,7 +10,7 @@ import torch
 
 from trainverify.algebra.base import Complex
 from trainverify.diagnostics import Diagnostic
-from trainverify.ir.trace import Sequence, TensorRef, inputs, tensors
+from trainverify.ir.trace import OpCall, Sequence, TensorRef, inputs, tensors
 from trainverify.replay.machine import Decision, Machine
 from trainverify.replay.memory import is_float
 from trainverify.replay.run import World
@@ -121,13 +122,30 @@ class Idle:
 
 
 def _taken(machine: Machine) -> set[int]:
-    """What some call takes whose results are taken in turn, or that does more than to give results."""
+    """What some call takes whose results are taken in turn, or that does more than to give results: Python sees how many elements there are."""
     found: set[int] = set()
     for call in reversed(machine.trace.ops):
         gives = [t.storage for t in call.targets()]
-        if call.collective is not None or call.name.startswith("tv.") or not gives or not isinstance(call.outs, (TensorRef, Sequence, type(None))) or not found.isdisjoint(gives):
+        if (call.collective is not None or call.name.startswith("tv.") or not gives or not isinstance(call.outs, (TensorRef, Sequence, type(None)))
+                or is_sized_by_data(call) or not found.isdisjoint(gives)):
             found.update(t.storage for t in (*inputs(call), *(call.collective.inputs if call.collective else ())))
     return found
+
+
+def is_sized_by_data(call: OpCall) -> bool:
+    """Whether data may decide how many elements the results have, which Python sees without asking."""
+    if call.name.startswith(("aten.index.", "aten._unsafe_index.")):
+        return any(t.dtype in ("bool", "uint8") for t in tensors(call.args[1]))
+    return not call.name.startswith("tv.") and call.collective is None and _may_be_sized_by_data(call.name)
+
+
+@functools.lru_cache(maxsize=None)
+def _may_be_sized_by_data(name: str) -> bool:
+    try:
+        namespace, op, overload = name.split(".")
+        return torch.Tag.dynamic_output_shape in getattr(getattr(getattr(torch.ops, namespace), op), overload).tags
+    except (AttributeError, ValueError):      # not known here
+        return True
 
 
 def is_accepted(place: str, accept: tuple[str, ...]) -> bool:
