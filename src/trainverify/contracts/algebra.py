@@ -94,6 +94,10 @@ class Contracts:
         self.graph.parallel = side == "parallel"
         self.evaluator.begin_side(side)
 
+    def at(self, rank: int, index: int, span: int, phase: str = "") -> None:
+        """The replay's place, which roundings of constants note."""
+        self.evaluator.field.at(rank, index, span, phase)
+
     # ---- values
     def pattern(self, v: Value) -> Pattern:
         if v.pattern is None:

@@ -1,33 +1,27 @@
 """Replay both programs, compare, and judge: from two captured programs to verdicts per output (the verdict rules are trusted)."""
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trainverify.algebra.field import Field
-from trainverify.algebra.real import Real
+from trainverify.algebra.constants import Rounding
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.beside import Beside, Lost
 from trainverify.engine.facts import Facts
 from trainverify.engine.inputs import elsewhere
 from trainverify.engine.contracts import prove_by_contracts
+from trainverify.engine.passes import Laps, Pass, Seen, replay_both
 from trainverify.engine.proof import Lineages, Proof
 from trainverify.engine.prove import Prover, prove_programs
 from trainverify.engine.slices import part
-from trainverify.engine.verdict import BLOCKING, Judgement, at_other_inputs, judge
+from trainverify.engine.verdict import BLOCKING, Judgement, agrees, at_other_inputs, judge
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Comparison
-from trainverify.relate.coverage import Batch, Coverage, Reads
+from trainverify.relate.coverage import Coverage
 from trainverify.relate.decisions import idle_accepts, match_decisions
-from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.conform import Conformance
-from trainverify.replay.digests import Digests
-from trainverify.replay.machine import Hooks
-from trainverify.replay.run import World, replay
+from trainverify.relate.symbols import Symbols
 from trainverify.report.model import Phase
 
 
@@ -36,30 +30,9 @@ WORTH_A_PROCESS = 1000                        # calls; a smaller proof takes les
 
 
 @dataclass(slots=True)
-class Pass:
-    """Both programs replayed in one field (one seed) and in the reals."""
-
-    field: Field
-    real: Real
-    reference: World
-    parallel: World
-    comparison: Comparison
-
-
-class Observers:
-    """What is learnt besides values while one side is replayed."""
-
-    def __init__(self, batch: Batch, check: Conformance):
-        self.facts, self.digests, self.reads, self.check = Facts(), Digests(), Reads(batch), check
-
-    def attach(self, hooks: Hooks) -> None:
-        hooks.before = (self.check.before, self.facts.before, self.digests.before, self.reads.before)
-        hooks.after = (self.check.after, self.digests.after, self.reads.after)
-        hooks.waited = (self.digests.waited,)
-
-
-@dataclass(slots=True)
 class Analysis:
+    """What was found. first: in the field and float64, or in float64 alone where every output was proved without a field."""
+
     table: OpTable
     symbols: Symbols
     first: Pass
@@ -74,60 +47,33 @@ class Analysis:
     prover: Prover | None = None              # of a program that differs: for whoever wants to prove another one
     phases: list[Phase] = field(default_factory=list)
 
+    @property
+    def rounding(self) -> list[Rounding]:
+        """Constants of the parallel side that were taken for the reference's."""
+        return self.proof.rounding if self.first.field is None else self.first.field.rounding
 
-def replay_both(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
-                progress: Callable, observers: dict[str, Observers] | None = None, watch=None) -> Pass:
-    """One pass. `observers` (per side) see every call, `watch` sees values."""
-    fld, real = Field(seed), Real(symbols.real_values)
-    algebras = [fld, real]
-    worlds = []
-    for side, program in (("reference", reference), ("parallel", parallel)):
-        fld.begin_side(side)
-        binder = Binder(symbols, algebras)
-        hooks = Hooks(symbol=binder.symbol, bind=binder.bind)
-        if observers is not None:
-            observers[side].attach(hooks)
-        if watch is not None:
-            if side == "reference":
-                watch.begin(fld, binder.all["field"])
-            hooks.value = lambda machine, m, call, k, ref, side=side: watch.value(side, machine, m, call, k, ref)
-        worlds.append(replay(program, algebras, table, hooks, lambda f, side=side: progress("replay", side, f)))
-        if watch is not None and side == "reference":
-            watch.end(fld)
-    comparison = Comparison(symbols, algebras, worlds[0], worlds[1])
-    comparison.run()
-    return Pass(fld, real, worlds[0], worlds[1], comparison)
-
-
-class Laps:
-    """Phases of the work, each timed from the end of the one before."""
-
-    def __init__(self) -> None:
-        self.phases: list[Phase] = []
-        self._clock = time.perf_counter()
-
-    def end(self, name: str, detail: str = "") -> None:
-        now = time.perf_counter()
-        self.phases.append(Phase(name, now - self._clock, detail))
-        self._clock = now
+    @property
+    def evidence(self) -> str:
+        if self.first.field is None:
+            return "proved without a field"
+        return f"equal at {2 if self.second is None else 4} field points, error <= 2^-{self.first.field.error_bits}"
 
 
 def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(), jobs: int = 1,
-            progress: Callable = lambda *a, **k: None, watch=None, proofs: bool = True) -> Analysis:
+            progress: Callable = lambda *a, **k: None, watch=None, proofs: bool = True, in_field: bool = False) -> Analysis:
     """Replay, compare, prove and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for
     diagnosis) sees the values of that second pass. With two jobs the proof is made in a process of its own, beside all that; of a program that
-    differs, only what comes before the last output that does not is looked at. Without proofs nothing is PROVED."""
-    laps = Laps()
-    table = standard_table(extra_rows)
-    symbols = Symbols(reference)
+    differs, only what comes before the last output that does not is looked at. Without proofs nothing is PROVED. A program of many calls that
+    contracts prove is not replayed in the field, but where that is asked for (in_field)."""
+    laps, table, symbols = Laps(), standard_table(extra_rows), Symbols(reference)
+    calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
+    if proofs and calls > DEEP and not in_field:
+        outright = _outright(reference, parallel, table, symbols, seed, accept, jobs, laps, progress)
+        if outright is not None:
+            return outright
 
     def prove(told: Callable[[], Lineages], report: Callable) -> Proof:
-        if not proofs:
-            return Proof()
-        held = functools.cache(told)
-        by_contracts = prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, held) if calls > DEEP else None
-        return by_contracts or prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, held)
-    calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
+        return prove_programs(reference, parallel, table, symbols, 2 * seed + 3, accept, report, told) if proofs else Proof()
 
     def prover() -> Prover | None:
         return Prover(reference, parallel, table, symbols, 2 * seed + 3, progress) if proofs else None
@@ -149,18 +95,16 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
 
 def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], laps: Laps,
              progress: Callable, watch, prove: Callable, beside: Beside | None, prover: Callable) -> Analysis:
-    check, batch = Conformance(table), Batch(reference)
-    observers = {side: Observers(batch, check) for side in ("reference", "parallel")}
-    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, observers)
-    laps.end("replay", f"{sum(m.ops for w in (first.reference, first.parallel) for m in w.machines):,} calls")
+    seen = Seen(reference, table)
+    first = replay_both(reference, parallel, table, symbols, 2 * seed + 1, progress, seen)
+    laps.end("replay", first.calls)
     second = None
     if any(p.wrong("field") or p.undefined() for c in first.comparison.compared.values() for p in c.pieces):
         second = replay_both(reference, parallel, table, symbols, 2 * seed + 2, progress, watch=watch)
         laps.end("second seed")
         if beside is not None:
             beside.close()
-    diagnostics = [*check.diagnostics, *_once(d for side in observers.values() for d in side.digests.diagnostics),
-                   *_once(d for w in (first.reference, first.parallel) for m in w.machines for d in m.diagnostics)]
+    diagnostics = seen.diagnostics(first)
     unmatched, accepted = match_decisions(first.reference, first.parallel, first.field, first.real, accept)
     diagnostics += unmatched
     laps.end("compare")
@@ -173,14 +117,36 @@ def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Sym
     diagnostics += [*proof.diagnostics, *(idle_accepts(accept, accepted) if second is None else ())]     # of a program that differs not all is known
     laps.end("prove", _work(proof))
     judgements = judge(first, second, diagnostics, proof)
-    return Analysis(table, symbols, first, second, proof, judgements, diagnostics, {side: o.facts for side, o in observers.items()},
-                    Coverage(batch, observers["reference"].reads, observers["parallel"].reads), reference.traces[0].steps, accepted, held, laps.phases)
+    return Analysis(table, symbols, first, second, proof, judgements, diagnostics, seen.facts, seen.coverage, reference.traces[0].steps, accepted, held, laps.phases)
 
 
-def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: Beside | None, progress: Callable) -> Proof:
-    """What is proved; nothing is tried where a diagnostic withholds every verdict."""
-    if any(d.code in BLOCKING for d in diagnostics):
-        return Proof()
+def _outright(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], jobs: int,
+              laps: Laps, progress: Callable) -> Analysis | None:
+    """All outputs proved by contracts, beside a replay in float64; None: something is not, or float64 or a diagnostic says otherwise."""
+    def prove(told: Callable[[], Lineages], report: Callable) -> Proof | None:
+        return prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, told)
+    beside = Beside(prove) if jobs > 1 else None
+    try:
+        seen = Seen(reference, table)
+        first = replay_both(reference, parallel, table, symbols, None, progress, seen)
+        laps.end("replay", first.calls)
+        compared, diagnostics = first.comparison.compared, seen.diagnostics(first)
+        if any(d.code in BLOCKING for d in diagnostics) or not all(c.pieces and all(map(agrees, c.pieces)) for c in compared.values()):
+            return None
+        proof = _told(first, prove, beside, progress)
+    finally:
+        if beside is not None:
+            beside.close()
+    laps.end("prove", _work(proof) if proof else "not by contracts")
+    if proof is None or not proof.proved.issuperset(compared):
+        return None
+    diagnostics += idle_accepts(accept, ())
+    judgements = [Judgement(c, "PROVED") for c in compared.values()]
+    return Analysis(table, symbols, first, None, proof, judgements, diagnostics, seen.facts, seen.coverage, reference.traces[0].steps, phases=laps.phases)
+
+
+def _told(first: Pass, prove: Callable, beside: Beside | None, progress: Callable) -> Proof | None:
+    """What a prover, beside or here, answers when it is told the lineages."""
     lineages = Lineages(first.comparison.ref_lineage, first.comparison.lineage)
     if beside is None:
         return prove(lambda: lineages, progress)
@@ -190,6 +156,13 @@ def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: 
     except Lost as lost:
         return Proof(diagnostics=[Diagnostic("PROVE001", f"the process that proves was lost ({lost}): nothing is proved", "warning",
                                              fix="if memory ran out, verify with --jobs 1, fewer steps or smaller sizes")])
+
+
+def _proof(first: Pass, diagnostics: list[Diagnostic], prove: Callable, beside: Beside | None, progress: Callable) -> Proof:
+    """What is proved; nothing is tried where a diagnostic withholds every verdict."""
+    if any(d.code in BLOCKING for d in diagnostics):
+        return Proof()
+    return _told(first, prove, beside, progress)
 
 
 def _proof_of_the_rest(first: Pass, second: Pass, diagnostics: list[Diagnostic], parallel: Program, accept: tuple[str, ...], prover: Callable,
@@ -203,7 +176,7 @@ def _proof_of_the_rest(first: Pass, second: Pass, diagnostics: list[Diagnostic],
     scalars = {key[1:] for key in equal if key[0] == "scalar"}                # shares of one are several outputs
     outputs |= {(t.rank, c.index) for t in parallel.traces for c in t.ops if c.name == "tv.output" and c.args[0] == "scalar" and c.args[1:3] in scalars}
     lineages = Lineages(first.comparison.ref_lineage, first.comparison.lineage)
-    return held.prove(part(parallel, outputs), accept, progress, lambda: lineages), held
+    return held.prove(part(parallel, outputs), accept, progress, lambda: lineages, patient=False), held
 
 
 def _work(proof: Proof) -> str:
@@ -225,28 +198,8 @@ class Survey:
 
 def survey(reference: Program, parallel: Program, *, extra_rows=(), progress: Callable = lambda *a, **k: None) -> Survey:
     """Replay both programs in float64 only, for bindings and data coverage."""
-    laps = Laps()
-    table, symbols, batch = standard_table(extra_rows), Symbols(reference), Batch(reference)
-    check = Conformance(table)
-    observers, worlds = {}, []
-    for side, program in (("reference", reference), ("parallel", parallel)):
-        real = Real(symbols.real_values)
-        hooks = Hooks(symbol=(binder := Binder(symbols, [real])).symbol, bind=binder.bind)
-        observers[side] = Observers(batch, check)
-        observers[side].attach(hooks)
-        worlds.append(replay(program, [real], table, hooks, lambda f, side=side: progress("replay", side, f)))
-    diagnostics = [*check.diagnostics, *_once(d for side in observers.values() for d in side.digests.diagnostics),
-                   *_once(d for w in worlds for m in w.machines for d in m.diagnostics)]
-    laps.end("replay", f"{sum(m.ops for w in worlds for m in w.machines):,} calls")
-    return Survey(symbols, Comparison(symbols, [real], *worlds), diagnostics, {side: o.facts for side, o in observers.items()},
-                  Coverage(batch, observers["reference"].reads, observers["parallel"].reads), laps.phases)
-
-
-def _once(diagnostics) -> list[Diagnostic]:
-    """The same message at the same place on several ranks is one diagnostic."""
-    merged: dict[tuple, Diagnostic] = {}
-    for d in diagnostics:
-        key = (d.code, d.message, d.span and (d.span.file, d.span.line))
-        old = merged.get(key)
-        merged[key] = d if old is None else Diagnostic(d.code, d.message, d.severity, old.span, tuple(sorted({*old.ranks, *d.ranks})), old.notes, d.fix)
-    return list(merged.values())
+    laps, table, symbols = Laps(), standard_table(extra_rows), Symbols(reference)
+    seen = Seen(reference, table)
+    done = replay_both(reference, parallel, table, symbols, None, progress, seen)
+    laps.end("replay", done.calls)
+    return Survey(symbols, done.comparison, seen.diagnostics(done), seen.facts, seen.coverage, laps.phases)

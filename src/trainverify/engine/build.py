@@ -34,8 +34,7 @@ def fill(report: Report, analysis: Analysis, reference: Program, parallel: Progr
     worlds = (first.reference, first.parallel)
     report.ops = sum(m.ops for w in worlds for m in w.machines)
     report.elements = sum(m.elements for w in worlds for m in w.machines)
-    points = 2 if analysis.second is None else 4
-    report.evidence = f"equal at {points} field points, error <= 2^-{first.field.error_bits}"
+    report.evidence = analysis.evidence
 
 
 def fill_survey(report: Report, found: Survey, reference: Program, parallel: Program, groups: dict[tuple[int, ...], str]) -> None:
@@ -129,7 +128,7 @@ def _absent(analysis: Analysis) -> list[Diagnostic]:
 def assumptions(analysis: Analysis, parallel: Program, notes: Notes) -> list[Assumption]:
     out = [Assumption("A1", "casts between float types are the identity: rounding is not checked"),
            Assumption("A2", "token ids, sizes, masks and the number of ranks as recorded")]
-    merged = analysis.first.field.rounding
+    merged = analysis.rounding
     if merged:
         places = _places(merged, analysis, parallel)
         out.append(Assumption("A3", f"rounding of constants: {len(merged)} values were taken for the reference's within 4 ulp of float32", places))

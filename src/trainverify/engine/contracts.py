@@ -32,8 +32,8 @@ def _proved(reference: Program, parallel: Program, table: OpTable, symbols: Symb
     *worlds, vacuity = replayed(reference, parallel, m, table, symbols, progress)
     comparison = Comparison(symbols, [m], *worlds, lineages())
     comparison.run()
-    if vacuity.found or undecided(*worlds, m) or not all(is_proved(comparison, key) for key in comparison.compared):
+    if vacuity.found or any(machine.diagnostics for w in worlds for machine in w.machines) or undecided(*worlds, m) or not all(is_proved(comparison, key) for key in comparison.compared):
         return None
     claims = m.evaluator.claims
     counts = {**claims.counts, "identifiers": m.evaluator.store.n, "failures": 0, **m.theorems.counts}
-    return Proof(frozenset(comparison.compared), {}, [], (), counts, [p.obligation for p in claims.proofs.values()], [])
+    return Proof(frozenset(comparison.compared), {}, [], (), counts, [p.obligation for p in claims.proofs.values()], [], m.evaluator.field.rounding)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from trainverify.algebra.constants import Rounding
 from trainverify.diagnostics import Diagnostic
 from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.kernel.terms import Obligation
@@ -22,7 +23,8 @@ class Proof:
 
     diagnostics: what withholds all proofs (decisions that do not follow, a reference that is undefined); accepted: places of
     decisions that do not follow and that the user takes as matched (an assumption of the proof); counts: of the work; obligations:
-    the distinct ones that were proved; failures: obligations that were not, each with its place and the reason.
+    the distinct ones that were proved; failures: obligations that were not, each with its place and the reason; rounding: constants of the parallel
+    side that were taken for the reference's.
     """
 
     proved: frozenset[Key] = frozenset()
@@ -32,6 +34,7 @@ class Proof:
     counts: dict[str, int] = field(default_factory=dict)
     obligations: list[Obligation] = field(default_factory=list)
     failures: list[tuple[Obligation, str, str]] = field(default_factory=list)
+    rounding: list[Rounding] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

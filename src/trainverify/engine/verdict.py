@@ -1,8 +1,8 @@
 """The verdict rules: what each output's evidence amounts to (trusted).
 
 REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains (at the recorded inputs,
-else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks. PROVED needs equality in the field with nothing against it, and the kernel's proof. Equality in the
-field alone is UNKNOWN. A difference without a witness is UNKNOWN.
+else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks. PROVED needs equality in the field with nothing against it (of a program of many
+calls: in float64), and the kernel's proof. Equality in the field alone is UNKNOWN. A difference without a witness is UNKNOWN.
 """
 from __future__ import annotations
 
@@ -64,6 +64,13 @@ def judge(first, second, diagnostics: list[Diagnostic], proof: Proof) -> list[Ju
         j = _judge_one(c, again, threshold, blocked, opaque, tied)
         out.append(j if j.verdict else _proved_or_not(c, proof, bits))
     return out
+
+
+def agrees(piece: Piece) -> bool:
+    """Whether float64 has the same on both sides at the recorded inputs, up to what rounding of constants explains."""
+    a, b = piece.reference["real"].t.reshape(-1), piece.parallel["real"].t.reshape(-1)
+    scale = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
+    return bool(((a == b) | ((a - b).abs() <= ROUNDED * scale)).all())
 
 
 def at_other_inputs(judgements: list[Judgement], first, diagnostics: list[Diagnostic], find: Callable) -> list[Judgement]:

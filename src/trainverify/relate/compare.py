@@ -220,7 +220,7 @@ class Comparison:
     def _owners(self, rec: Recorded, line: Lineage) -> list[Key]:
         recs, _, owner = self._plan((rec.kind, _state_key(rec), rec.step))
         flat = line.numbers.reshape(-1)
-        return [(recs[i][0].kind, recs[i][0].name, recs[i][0].step) for i in np.unique(owner[flat[flat >= 0]]) if i >= 0]
+        return [(recs[i][0].kind, recs[i][0].name, recs[i][0].step) for i in _distinct(owner[flat[flat >= 0]]) if i >= 0]
 
     def _by_lineage(self, rec: Recorded, line: Lineage) -> None:
         recs, place, owner = self._plan((rec.kind, _state_key(rec), rec.step))
@@ -231,7 +231,7 @@ class Comparison:
             self.surplus.append(rec)
             return
         owners = owner[flat[held]]
-        for i in np.unique(owners):
+        for i in _distinct(owners):
             at = held[owners == i]
             ref_rec, ref_line = recs[i]
             c = self.compared[(ref_rec.kind, ref_rec.name, ref_rec.step)]
@@ -249,9 +249,8 @@ class Comparison:
         """Optimizer state that is one number per parameter (step): the same on every owning parameter."""
         key = rec.name.split("::", 1)[1]
         flat = line.numbers.reshape(-1)
-        blocks = self.symbols.owner(np.unique(flat[flat >= 0]))
         found = False
-        for b in np.unique(blocks):
+        for b in _distinct(self.symbols.owner(flat[flat >= 0])):
             for name in self._ref_names(int(b)):
                 c = self.compared.get(("state", f"{name}::{key}", rec.step))
                 if c is not None:
@@ -262,10 +261,12 @@ class Comparison:
 
     def _names_by_first(self) -> dict[int, list[str]]:
         """The reference's parameters that hold a block's first symbol, by its number."""
-        firsts = np.array([b.first for b in self.symbols.blocks_in_order], dtype=np.int64)
+        is_first = np.zeros(self.symbols.total, dtype=bool)
+        is_first[[b.first for b in self.symbols.blocks_in_order if b.first < self.symbols.total]] = True
         names: dict[int, set[str]] = defaultdict(set)
         for (_, _, name), line in self.ref_lineage.items():
-            for first in np.intersect1d(line.numbers, firsts).tolist():
+            held = line.numbers[line.numbers >= 0]
+            for first in held[is_first[held]].tolist():
                 names[first].add(name)
         return {first: sorted(held) for first, held in names.items()}
 
@@ -302,6 +303,11 @@ class Comparison:
             c.missing = -1
         else:
             c.missing = int((~c.covered).sum())
+
+
+def _distinct(x: np.ndarray) -> np.ndarray:
+    """The different entries, ascending; most often there is one."""
+    return x[:1] if len(x) and (x == x[0]).all() else np.unique(x)
 
 
 def _state_key(rec: Recorded) -> str:

@@ -8,10 +8,12 @@ import torch
 
 from trainverify.contracts import algebra, guess, theorems
 from trainverify.contracts.patterns import CONSTANT, Patterns, contents
+from trainverify.engine import analysis
 from trainverify.engine.analysis import survey
 from trainverify.engine.contracts import prove_by_contracts
 from trainverify.engine.options import Options
-from trainverify.engine.proof import Lineages
+from trainverify.engine.passes import replay_both
+from trainverify.engine.proof import Lineages, Proof
 from trainverify.ir.files import load_program
 from trainverify.ops.standard import standard_table
 from trainverify.relate.symbols import Symbols
@@ -229,3 +231,40 @@ def test_a_product_by_a_factor_is_one_block(monkeypatch):
     monkeypatch.setattr(m.theorems, "about", lambda block: (theorem, (0,)))
     double = m.mul(m.const(2), x)
     assert len(m.graph.signature) == 2 and double.blocks == m.mul(m.const(2), x).blocks
+
+
+@pytest.fixture
+def deep(monkeypatch):
+    """Every program counts as one of many calls."""
+    monkeypatch.setattr(analysis, "DEEP", 0)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_deep_program_is_proved_without_a_field(spec, deep, jobs):
+    found = analysis.analyse(*captured(spec, layers=3), jobs=jobs)
+    assert found.first.field is None and found.second is None and len(found.judgements) > 30
+    assert {j.verdict for j in found.judgements} == {"PROVED"}
+    slowly = analysis.analyse(*captured(spec, layers=3), in_field=True)
+    assert slowly.first.field is not None and [j.key for j in slowly.judgements] == [j.key for j in found.judgements]
+    assert [(r.value, r.representative) for r in slowly.rounding] == [(r.value, r.representative) for r in found.rounding]
+    assert found.facts.keys() == slowly.facts.keys() and found.coverage.text("") == slowly.coverage.text("")
+    assert [d.code for d in found.diagnostics] == [d.code for d in slowly.diagnostics]
+
+
+@pytest.mark.parametrize("wrong", ["sigmoid", "scaled"])
+def test_what_float64_shows_outweighs_a_proof_by_contracts(spec, deep, wrong, monkeypatch):
+    """A prover that proves everything: outputs that differ at the recorded inputs are looked at in the field."""
+    programs = captured(spec, layers=3, wrong=wrong)
+
+    def everything(reference, parallel, table, symbols, seed, progress, lineages):
+        return Proof(frozenset((c.kind, c.name, c.step) for c in replay_both(reference, parallel, table, symbols, None, progress).reference.machines[0].outputs))
+    monkeypatch.setattr(analysis, "prove_by_contracts", everything)
+    found = analysis.analyse(*programs)
+    assert found.first.field is not None and "REFUTED" in {j.verdict for j in found.judgements}
+    right = analysis.analyse(*captured(spec, layers=3))       # such a prover would be believed of a program that agrees
+    assert right.first.field is None
+
+
+def test_places_that_are_accepted_for_nothing_are_told_of_deep_programs(spec, deep):
+    found = analysis.analyse(*captured(spec, layers=3), accept=("spec.py:1",))
+    assert found.first.field is None and [d.code for d in found.diagnostics if d.code == "ACC001"]
