@@ -77,3 +77,52 @@ def test_unseen_leaves_everything_as_it_was(grad):
         assert torch.is_grad_enabled() is grad
         assert (x + 1).requires_grad is grad
         assert len(functions.seen) > 0 and len(dispatched.seen) == 1
+
+
+class Layer(ReentrantMode):
+    """Writes down what it handles, in a list that it shares with others."""
+
+    def __init__(self, name, seen):
+        super().__init__()
+        self.name, self.seen = name, seen
+
+    def handle(self, func, args, kwargs):
+        self.seen.append((self.name, getattr(func, "__name__", "")))
+        return self.call(func, args, kwargs)
+
+
+def test_modes_above_each_other_are_layers_of_one():
+    x, seen, depth = torch.ones(2, requires_grad=True), [], torch.overrides._len_torch_function_stack
+    with Layer("low", seen):
+        with Layer("high", seen):
+            assert depth() == 1
+            torch.exp(x.detach())
+            assert seen == [("high", "detach"), ("low", "detach"), ("high", "exp"), ("low", "exp")]
+            y = x * 2
+            y.register_hook(lambda g: torch.sin(g))
+            seen.clear()
+            y.sum().backward()
+            assert ("high", "backward") in seen and seen[-2:] == [("high", "sin"), ("low", "sin")]
+        seen.clear()
+        torch.exp(x)
+        assert seen == [("low", "exp")]
+    assert depth() == 0
+
+
+def test_a_mode_of_the_program_stays_between_ours():
+    x, seen = torch.ones(2), []
+    with Layer("low", seen), Functions() as functions, Layer("high", seen):
+        torch.exp(x)
+    assert seen == [("high", "exp"), ("low", "exp")] and functions.seen == [torch.exp]
+
+
+def test_what_a_layer_does_by_itself_is_not_handled_below():
+    class Own(Layer):
+        def handle(self, func, args, kwargs):
+            torch.zeros(1)
+            return super().handle(func, args, kwargs)
+
+    seen = []
+    with Layer("low", seen), Own("high", seen):
+        torch.exp(torch.ones(2))
+    assert seen == [("high", "ones"), ("low", "ones"), ("high", "exp"), ("low", "exp")]

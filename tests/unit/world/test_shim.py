@@ -7,8 +7,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Work, _create_work_from_future
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainverify.capture.groups import process_groups
+from trainverify.capture.recorder import Recorder
+from trainverify.capture.scalars import ScalarMode
 from trainverify.capture.shim import NOTES, cuda_shim
 from trainverify.capture.world import preload, run_world
+from trainverify.ir.trace import ScalarRef
 
 import cuda_program
 
@@ -164,3 +167,16 @@ def test_files_are_read_on_the_cpu(notes, tmp_path):
         for place in ("cuda:0", {"cuda:0": "cuda:1"}, None, lambda storage, location: storage.cuda(0)):
             assert torch.load(tmp_path / "w.pt", map_location=place)["w"].tolist() == [0, 1, 2]
     assert (safetensors.safe_open, safetensors.torch.load_file) == before
+
+
+def test_a_number_that_left_a_tensor_comes_back_to_a_gpu():
+    """torch.tensor() of it is rebuilt from recorded parts, on a device that is there."""
+    import torch._dynamo  # noqa: F401  as capture does, before the shim changes what it looks at
+
+    recorder = Recorder("reference", 0, 1, None)
+    with cuda_shim(recorder), recorder.recording(), ScalarMode(recorder):
+        loss = torch.arange(3.0).sum().item()
+        back = torch.tensor([loss, 2.0], device="cuda")
+        assert back.device.type == "cpu" and back.tolist() == [3.0, 2.0]
+    filled = [call for call in recorder.ops if call.name == "aten.full.default"]
+    assert [type(call.args[1]) for call in filled] == [ScalarRef, float]

@@ -1,4 +1,7 @@
 """Tensors and messages survive the wire bit for bit, however the stream is cut."""
+import socket
+import threading
+
 import pytest
 import torch
 from trainverify.capture import wire
@@ -65,3 +68,26 @@ def test_a_packed_storage_can_still_be_resized():
     tensor = torch.arange(6.0)
     wire.pack([tensor])
     tensor.untyped_storage().resize_(0)
+
+
+def test_a_frame_of_many_parts_is_sent_whole():
+    """More parts than one system call takes, more bytes than the socket holds."""
+    ours, theirs = socket.socketpair()
+    parts = [bytes([k % 251]) * (1 + k % 900) for k in range(2000)]
+    got = []
+    reader = threading.Thread(target=lambda: got.append(wire.read_frame(theirs)))
+    reader.start()
+    wire.send_frame(ours, wire.Wait(7), parts)
+    reader.join(30)
+    message, body = got[0]
+    assert message == wire.Wait(7) and bytes(body) == b"".join(parts)
+    ours.close()
+    with pytest.raises(ConnectionError, match="gone"):
+        wire.read_frame(theirs)
+    theirs.close()
+
+
+@pytest.mark.parametrize("nbytes, body", [(8, 8), (4, 3)])
+def test_sizes_that_do_not_fit_are_refused(nbytes, body):
+    with pytest.raises(ValueError, match="does not fit"):
+        wire.unpack([(Meta("float32", (1,), nbytes),)], bytes(body))
