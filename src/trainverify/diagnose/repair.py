@@ -69,7 +69,8 @@ def _wrong(comparison: Comparison, keys: Iterable[Key]) -> set[Key]:
 
 def repaired(job: Job) -> list[Finding]:
     """The findings, those with a repair of which everything that they explain becomes PROVED (or at least equal) with it."""
-    wrong = {j.key for j in job.analysis.judgements if j.verdict == "REFUTED"}
+    shares = {j.key[1] for j in job.analysis.judgements if j.code == "REL006"}    # a rank's own: no repair makes it the reference's
+    wrong = {j.key for j in job.analysis.judgements if j.verdict == "REFUTED" and not (j.key[0] == "scalar" and j.key[1] in shares)}
     if not wrong or job.told.diagnosis is None or job.analysis.second is None:
         return job.told.findings
     concerned = _concerned(job, wrong)

@@ -241,3 +241,23 @@ def test_what_no_small_change_mends_has_no_repair():
         return loss
 
     assert repair(verify(step)) == ""
+
+
+def test_a_loss_that_every_rank_reports_of_its_own_share_is_in_nobodys_way():
+    """It differs from the second step on, with the repair too: no repair makes a rank's share the whole."""
+    def step(model, batch):
+        x, labels = (batch[k].chunk(2)[dist.get_rank()] for k in ("x", "labels"))
+        loss = F.cross_entropy(model(x), labels.clamp(min=0))
+        loss.backward()
+        for p in (*model.first.parameters(), model.head.weight):
+            dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
+        return loss
+
+    def whole(model, batch):
+        loss = F.cross_entropy(model(batch["x"]), batch["labels"].clamp(min=0))
+        loss.backward()
+        return loss
+
+    report = verify(step, whole)
+    told = repair(report)
+    assert told.startswith("insert all_reduce(AVG) over all ranks before here:") and told.endswith(", of the gradient of head.bias: verified"), told
