@@ -102,17 +102,8 @@ class Facts:
         self.spaces.cat(s, parts)
 
     def known(self, ref: TensorRef) -> np.ndarray | None:
-        """The values of an integer argument that says which rows are taken, or where they are cut: the same in all calls like this one."""
-        rows = self.notes.rows
-        if rows is None:
-            return None
-        key = (self.layout.where, self.call.index, list(references(self.call)).index(ref))
-        return None if key in rows.differing or key in rows.chosen else rows.values.get(key)
-
-    def is_chosen(self) -> bool:
-        """Whether floats have decided integers that it takes."""
-        rows = self.notes.rows
-        return rows is None or any((self.layout.where, self.call.index, p) in rows.chosen for p in range(len(list(references(self.call)))))
+        """The values of an integer argument that says which rows are taken, where they are cut, or what is sorted: the same in all calls like this one."""
+        return None if self.notes.rows is None else self.notes.rows.of(self.layout.where, self.call.index, list(references(self.call)).index(ref))
 
     def picked(self, taken: int, base: int, ref: TensorRef) -> None:
         """The indices of `taken` are those that an integer argument names, among those of base. What follows one after the other needs no names."""

@@ -32,6 +32,10 @@ class Rows:
     chosen: set[Argument] = field(default_factory=set)           # integers that floats decide
     differing: set[Argument] = field(default_factory=set)        # not the same in all calls like this one
 
+    def of(self, where: Where, like: int, position: int) -> np.ndarray | None:
+        key = (where, like, position)
+        return None if key in self.chosen or key in self.differing else self.values.get(key)
+
 
 def integers_of(call: OpCall) -> list[tuple[int, TensorRef]]:
     """Arguments of a call that say which rows it takes, where it cuts rows, or what it sorts, with their positions."""

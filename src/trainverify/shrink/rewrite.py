@@ -300,7 +300,7 @@ def _groups(w: Rewriter, call: OpCall, after: OpCall) -> tuple[Arg, ...]:
     """The ends of the groups, among the kept rows."""
     rows = w.layout.dims(call.args[0])[0 if len(call.args[1].size) == 3 else 1]
     like = w.layout.repeats.like[call.index]
-    ends = w.classes.notes.rows.values.get((w.layout.where, like, list(references(call)).index(call.args[2])))
+    ends = w.classes.notes.rows and w.classes.notes.rows.of(w.layout.where, like, list(references(call)).index(call.args[2]))
     if ends is None:
         return after.args
     return (*after.args[:2], w.data(torch.tensor([w.kept.before(rows, e) for e in ends.tolist()], dtype=torch.int32)), *after.args[3:])

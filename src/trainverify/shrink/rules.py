@@ -161,7 +161,7 @@ def choice(f: Facts) -> None:
         return
     if isinstance(f.arg(1), TensorRef):
         return pointwise(f)
-    if base(f.call.name) in ("sort", "argsort") and not any(is_float(r) for r in references(f.call)) and not f.is_chosen():
+    if base(f.call.name) in ("sort", "argsort") and not any(is_float(r) for r in references(f.call)) and f.known(f.tensor(0)) is not None:
         return None                           # an order that integers have: what it puts in order says so (Facts.picked)
     if base(f.call.name) in ("max", "min") and not f.is_read(f.out(1)):       # nobody asks which one it is
         return _reduce(f, 1)

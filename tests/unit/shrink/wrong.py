@@ -209,3 +209,14 @@ pair("rows_brought_back_by_their_own_order", lambda w, x: unsorted(w, x, lambda 
      w=(4, 6, 6), x=(12, 6))
 pair("experts_of_the_other_rank", experts, lambda w, x: exchanged(w, x, turn=1), w=(4, 6, 6), x=(12, 6), ranks=2)
 pair("rows_sent_in_wrong_splits", experts, lambda w, x: exchanged(w, x, cut=1), w=(4, 6, 6), x=(12, 6), ranks=2)
+
+
+def chosen_by_scores(w, x, turn=0):
+    """Each token by the two experts with the largest scores: floats decide how many rows an expert gets."""
+    chosen = (x @ w[:, 0].t()).topk(TOP).indices.flatten()
+    order, counts = chosen.argsort(stable=True), chosen.bincount(minlength=len(w)).tolist()
+    made = [part @ w[(e + turn) % len(w)] for e, part in enumerate(x[order // TOP].split(counts))]
+    return torch.zeros_like(x).index_add(0, order // TOP, torch.cat(made)).square().sum()
+
+
+pair("experts_by_scores_take_the_next_weights", chosen_by_scores, lambda w, x: chosen_by_scores(w, x, turn=1), w=(4, 6, 6), x=(12, 6))
