@@ -13,11 +13,14 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import ParallelismConfig
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import (_EMBEDDING_INIT, _NORM_INIT, _build_llama3_layers, _output_linear_init,
                                       model_registry)
 from torchtitan.models.llama3.model import Llama3Model
+from torchtitan.models.qwen3 import _build_qwen3_moe_layers
+from torchtitan.models.qwen3 import model_registry as qwen3
+from torchtitan.models.qwen3.model import Qwen3Model
 
 from examples.models.titan_parts import LENGTH, VOCAB, RowsAtHand, tiny_trainer
 
@@ -42,6 +45,15 @@ class RandomTokens(RowsAtHand):
             yield tokens[:, :-1], labels
 
 
+def trainer_of(spec):
+    for layer in spec.model.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    return tiny_trainer(
+        spec, ROWS, dataloader=RandomTokens.Config(), metrics=MetricsProcessor.Config(log_freq=1),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+        checkpoint=CheckpointManager.Config(enable=True, interval=1000), activation_checkpoint=None)
+
+
 def tiny_llama3():
     spec = model_registry("debugmodel", attn_backend="varlen")
     spec.model = Llama3Model.Config(
@@ -53,9 +65,19 @@ def tiny_llama3():
             fuse_qkv=True, n_layers=2, dim=DIM, n_heads=HEADS, n_kv_heads=KV_HEADS, hidden_dim=HIDDEN,
             attn_backend="varlen",
             rope=ComplexRoPE.Config(dim=DIM // HEADS, max_seq_len=LENGTH, theta=500000, scaling="llama")))
-    for layer in spec.model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
-    return tiny_trainer(
-        spec, ROWS, dataloader=RandomTokens.Config(), metrics=MetricsProcessor.Config(log_freq=1),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
-        checkpoint=CheckpointManager.Config(enable=True, interval=1000), activation_checkpoint=None)
+    return trainer_of(spec)
+
+
+def tiny_qwen3_moe():
+    """Qwen3's mixture of experts, for all kinds of parallelism in one run: two of four experts see each token."""
+    spec = qwen3("debugmodel_moe", attn_backend="varlen")
+    spec.model = Qwen3Model.Config(
+        dim=DIM, vocab_size=VOCAB,
+        tok_embeddings=Embedding.Config(num_embeddings=VOCAB, embedding_dim=DIM, param_init=_EMBEDDING_INIT),
+        norm=RMSNorm.Config(normalized_shape=DIM, param_init=_NORM_INIT),
+        lm_head=Linear.Config(in_features=DIM, out_features=VOCAB, param_init=_output_linear_init(DIM)),
+        layers=_build_qwen3_moe_layers(
+            fuse_qkv=True, n_layers=2, dim=DIM, n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=DIM // HEADS, moe_hidden_dim=16,
+            num_experts=4, top_k=2, attn_backend="varlen", moe_comm_backend="standard",
+            rope=CosSinRoPE.Config(dim=DIM // HEADS, max_seq_len=LENGTH, theta=1000000.0)))
+    return trainer_of(spec)
