@@ -1,8 +1,9 @@
 """The verdict rules: what each output's evidence amounts to (trusted).
 
 REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains (at the recorded inputs,
-else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks. PROVED needs equality in the field with nothing against it (of a program of many
-calls: in float64), and the kernel's proof. Equality in the field alone is UNKNOWN. A difference without a witness is UNKNOWN.
+else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks. PROVED needs equality in the field with nothing
+against it (of a program of many calls: in float64), and the kernel's proof. Equality in the field alone is UNKNOWN. A difference without a
+witness is UNKNOWN.
 """
 from __future__ import annotations
 
