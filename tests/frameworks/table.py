@@ -88,6 +88,7 @@ TORCHTITAN = [
     Case("torchtitan_llama3.py", {"cp": 2}),
     Case("torchtitan_llama3.py", {"dp": 2, "cp": 2}, ranks=4),
     Case("torchtitan_llama3_405b.py", ranks=8),
+    Case("torchtitan_deepseek_v3_671b.py", ranks=8),
     Case("torchtitan_deepseek_v3.py", {"dp": 2, "ep": 2}, quick=True),
     Case("torchtitan_deepseek_v3.py", {"dp": 4, "ep": 2}, ranks=4),
     Case("torchtitan_deepseek_v3.py", {"tp": 2, "ep": 2}),

@@ -19,6 +19,7 @@ from trainverify.shrink.spaces import PICK, Kept, Spaces, kept_among
 from trainverify.shrink.values import fill
 
 LARGEST = 1 << 30                             # bytes of one reduced tensor: what keeps its size is then too much to be verified
+_SPREAD = 0x9E3779B1
 ROUNDS = 6                                    # of finding the indices that occur; each adds some
 
 
@@ -142,8 +143,9 @@ def _picked(spaces: Spaces) -> dict[int, set[int]]:
 
     def kept(atom: int, at: np.ndarray) -> np.ndarray:
         return np.isin(at, list(required.get(atom, ())))
-    for s in spaces.roots():
-        form = spaces.form(s)
-        if form is not None and form.kind == PICK and not kept_among(spaces, s, np.arange(spaces.size(s)), kept).any():
-            locate(spaces, s, np.array([0]), required)
+    groups = [s for s in spaces.roots() if (form := spaces.form(s)) is not None and form.kind == PICK]
+    for number, s in enumerate(sorted(groups, key=spaces.size, reverse=True)):      # any row will do: spread, so that few are in many groups
+        n = spaces.size(s)
+        if not kept_among(spaces, s, np.arange(n), kept).any():
+            locate(spaces, s, np.array([number * _SPREAD % n]), required)
     return required
