@@ -114,7 +114,7 @@ def document(rows: list[dict]) -> str:
     for r in right:
         total.update({k: r[k] for k in ("outputs", "PROVED", "REFUTED", "UNKNOWN")})
     parts = [f"{len(right)} cases, {total['outputs']} outputs: {total['PROVED']} PROVED, {total['REFUTED']} REFUTED, {total['UNKNOWN']} UNKNOWN.", "",
-             *table(right), "", *_unmeasured(rows), "## Planted bugs", "", "One function of each framework, edited when it is imported; the report names its line.", "",
+             *table(right), "", *_unmeasured(rows), "## Planted bugs", "", "One function of each framework, edited when it is imported; the report names its line (where the framework is torch itself: the line that calls it).", "",
              *table(wrong), "", "## What is not proved, and why", "", *reasons(right), "## What adapters and stand-ins assume", "", *assumed(rows)]
     return "\n".join(parts).rstrip() + "\n"
 
