@@ -20,7 +20,7 @@ from trainverify.kernel.patterns import Pattern, Patterns
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_order, canonical_rows, distinct, instantiate, template
 from trainverify.kernel.shapes import LEAF, Shapes
-from trainverify.kernel.store import GARBAGE, I64, Store, distinct_rows, grow, is_total
+from trainverify.kernel.store import GARBAGE, I64, ZERO_ID, Store, distinct_rows, grow, is_total
 from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
 
@@ -102,6 +102,7 @@ class Claims:
         self._shape, self._at = np.zeros(0, np.int32), np.zeros(0, I64)
         self._pool, self._used = np.empty(1024, I64), 0
         self.wasted = self._effort = 0                           # nodes of terms, half the steps of proofs, and cells of rows by 64
+        self._not_zero: set[int] = set()      # operations whose rows could not be shown to be zero though they seem to be
         self._below: dict[int, list[int]] = {}
         self._constants = 0
         self._stubborn = np.zeros(0, bool)                       # not proved to be what its fingerprint says
@@ -112,6 +113,7 @@ class Claims:
         """Another parallel program: its claims may fail anew, and cost again what claims that fail may cost (nothing more, if not patient)."""
         self.wasted = 0 if patient else PATIENCE
         self._failed = Counter({kind: n for kind, n in self._failed.items() if n < 0})
+        self._not_zero.clear()
 
     # ---- rows to identifiers
     def resolve(self, kind: str, attr, rows: np.ndarray, prints: Prints) -> np.ndarray:
@@ -137,8 +139,13 @@ class Claims:
             reps[unsure] = self.guesses.find_other(code, rows[unsure])
             self._merge(code, rows, keys, out, np.flatnonzero(reps >= 0), reps, Fraction(1))
         reps = self.guesses.find(marks)
-        self._merge(code, rows, keys, out, np.flatnonzero((reps >= 0) & (out < 0)), reps, Fraction(1))
+        zero = unsure[(reps[unsure] == ZERO_ID) & (out[unsure] < 0)] if store.parallel else unsure[:0]
+        skipped = zero if code in self._not_zero else zero[:0]    # the reference has what it could not show to be zero, nor could sums like these be
+        tried = np.flatnonzero((reps >= 0) & (out < 0))
+        self._merge(code, rows, keys, out, np.setdiff1d(tried, skipped), reps, Fraction(1))
         failed = np.flatnonzero((reps >= 0) & (out < 0))
+        if (out[zero] < 0).any():
+            self._not_zero.add(code)
         open_ = np.flatnonzero(out < 0)
         if store.parallel and open_.size:
             for c, reps in self.guesses.scales(index[open_], prints, code, rows[open_]):
