@@ -89,7 +89,7 @@ def failures(found: Sequence[dict]) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*", metavar="SPEC.py[:CASE]", default=SPECS)
-    parser.add_argument("--most", type=int, default=26, metavar="N", help="mutants of each program (default: 26, two of each kind)")
+    parser.add_argument("--most", type=int, default=20, metavar="N", help="mutants of each program, of all kinds in turn (default: 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="chooses the mutants (default: 0)")
     parser.add_argument("--kind", action="append", default=[], help="only this kind (may be repeated)")
     parser.add_argument("--fast", action="store_true", help="no proof where every changed output differs in the field already")
