@@ -102,7 +102,10 @@ class Contracts:
     def pattern(self, v: Value) -> Pattern:
         if v.pattern is None:
             places = bits(v.constant.f.num)
-            v.pattern = self.patterns.make(v.shape, np.full(len(places), CONSTANT, I32), places)[0]
+            if len(places) and (places == places[0]).all():
+                v.pattern = self.patterns.everywhere(v.shape, int(places[0]))
+            else:
+                v.pattern = self.patterns.make(v.shape, np.full(len(places), CONSTANT, I32), places)[0]
         return v.pattern
 
     def _made(self, p: Pattern, blocks: Blocks) -> Value:
@@ -348,7 +351,7 @@ class Contracts:
         return Value((n,), p, used)
 
     def garbage(self, key: str, n: int):
-        return Value((n,), self.patterns.make((n,), np.full(n, CONSTANT, I32), np.full(n, UNKNOWN, I64))[0], ())
+        return Value((n,), self.patterns.everywhere((n,), UNKNOWN), ())
 
     def cell(self, flat: Value) -> Cell:
         return Cell(flat)
@@ -356,7 +359,7 @@ class Contracts:
     def load(self, cell: Cell, offset: int, size: Sequence[int], stride: Sequence[int]) -> Value:
         size, stride, v = tuple(size), tuple(stride), cell.value
         if v.constant is not None:
-            num = v.constant.f.num.reshape(-1).as_strided(size, stride, offset).clone()
+            num = v.constant.f.num.reshape(-1).contiguous().as_strided(size, stride, offset).clone()
             return self._constant(held(num))
         return self._moved(v, ("load", offset, size, stride), lambda t: t.as_strided(size, stride, offset))
 

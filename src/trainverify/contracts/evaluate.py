@@ -1,6 +1,6 @@
 """Blocks evaluated in the kernel's terms: what a single operation folds to, and what equals what for all values of some leaves (trusted).
 
-All terms live in one store. Every evaluation has leaves of its own, fresh symbols; so what is proved there holds for any values.
+Every evaluation has leaves of its own, fresh symbols; so what is proved there holds for any values.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from trainverify.relate.guess import Dictionary
 
 CONDITIONS = frozenset({"inv", "log", "sqrt"})
 SPECIAL = np.concatenate([bits(torch.tensor([0.0, 1.0, math.inf, -math.inf], dtype=torch.float64)), np.array([UNKNOWN], I64)])
+ROOM = 1 << 22                                # identifiers of a store for theorems; then there is a new one
 TINY, HUGE = Fraction(1, 1 << 1000), Fraction(1 << 1000)     # what float64 has with all its bits
 PLAIN = CONDITIONS | {"add", "sub", "mul", "neg", "exp", "sin", "cos", "erf", "matmul", "sum"}
 
@@ -66,10 +67,11 @@ class Outcome:
 class Evaluator:
     def __init__(self, seed: int, patterns: Patterns, graph: Graph, factors: Sequence[Fraction]):
         self.patterns, self.graph, self.factors, self._seed = patterns, graph, tuple(factors), seed
-        self.store = Store()
+        self.store = Store()                  # of what folds; theorems have stores of their own
         self.field = Field(seed)
         self.constants = Terms(self.field, Claims(self.store, Nothing()), 0)
-        self.claims = Claims(self.store, Dictionary(self.store))
+        self.claims = Claims(store := Store(), Dictionary(store))
+        self._identifiers = 0                 # of the theorems' stores before
         self._folding = self._terms(self.constants.claims)
         self._outcomes: dict[tuple, Outcome] = {}
 
@@ -77,9 +79,17 @@ class Evaluator:
         return Terms(Field(self._seed, self.field.constants), claims, 0)
 
     def proving(self) -> Terms:
-        """Terms of a new theorem: nothing is known but what is put in."""
-        self.claims.guesses = Dictionary(self.store, self.factors)
+        """Terms of a new theorem: nothing is known but what is put in. Theorems share no identifier, so a store that has grown is left."""
+        if self.claims.store.n > ROOM:
+            self._identifiers += self.claims.store.n
+            self.claims = self.claims.over(store := Store(), Dictionary(store))
+        self.claims.guesses = Dictionary(self.claims.store, self.factors)
         return self._terms(self.claims)
+
+    @property
+    def identifiers(self) -> int:
+        """How many all theorems took."""
+        return self._identifiers + self.claims.store.n
 
     def begin_side(self, side: str) -> None:
         self.field.begin_side(side)
@@ -87,13 +97,13 @@ class Evaluator:
         self._folding.begin_side(side)
 
     # ---- constants
-    def places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which identifiers are constants that float64 contents stand for, and those's bits."""
         values, inverse = np.unique(ids, return_inverse=True)
-        fixed = self.store.is_constant[values] | np.isin(values, (INF_ID, NINF_ID, GARBAGE))
+        fixed = store.is_constant[values] | np.isin(values, (INF_ID, NINF_ID, GARBAGE))
         place = np.zeros(len(values), I64)
         for k in np.flatnonzero(fixed).tolist():
-            content = self._content(int(values[k]))
+            content = self._content(store, int(values[k]))
             if content is None:
                 fixed[k] = False
             else:
@@ -101,11 +111,11 @@ class Evaluator:
         inverse = inverse.reshape(-1)
         return fixed[inverse], place[inverse]
 
-    def _content(self, i: int) -> float | None:
+    def _content(self, store: Store, i: int) -> float | None:
         """None: a number whose nearest content means another one."""
-        if i not in self.store.constants:
+        if i not in store.constants:
             return {INF_ID: math.inf, NINF_ID: -math.inf, GARBAGE: math.nan}[i]
-        exact = self.store.constants[i]
+        exact = store.constants[i]
         if exact and not TINY < abs(exact) < HUGE:
             return None
         content = self.field.const(exact).num.item()
@@ -145,7 +155,7 @@ class Evaluator:
 
     def fresh(self, m: Terms, sizes: Sequence[int]) -> tuple[int, list[TermValue]]:
         """Symbols of these sizes, flat: their first identifier, and values."""
-        first = self.store.symbols(sum(sizes))
+        first = m.nodes.symbols(sum(sizes))
         out, at = [], first
         for n in sizes:
             out.append(TermValue(m.field.symbols("leaves", at, n), torch.arange(at, at + n)))
@@ -219,7 +229,7 @@ class Evaluator:
         slot[leaf] = np.searchsorted(starts, flat[leaf], side="right") - 1
         place[leaf] = flat[leaf] - starts[slot[leaf]]
         rest = np.flatnonzero(~leaf)
-        fixed, held = self.places(flat[rest])
+        fixed, held = self.places(self.store, flat[rest])
         slot[rest[fixed]], place[rest[fixed]] = CONSTANT, held[fixed]
         new = np.flatnonzero(slot == len(sizes))
         _, where, inverse = np.unique(flat[new], return_index=True, return_inverse=True)

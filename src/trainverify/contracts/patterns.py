@@ -39,6 +39,7 @@ class Patterns:
     def __init__(self) -> None:
         self._known: dict[bytes, Pattern] = {}
         self._of_block: dict[tuple[int, ...], Pattern] = {}
+        self._of_constant: dict[tuple[tuple[int, ...], int], Pattern] = {}
         self._moved: dict[tuple, tuple[Pattern, Blocks]] = {}
         self._merged: dict[tuple[Blocks, ...], tuple[Blocks, tuple[Blocks, ...]]] = {}
 
@@ -77,6 +78,15 @@ class Patterns:
         if found is None:
             n = math.prod(shape)
             found = self._of_block[shape] = self.make(shape, np.zeros(n, I32), np.arange(n, dtype=I64))[0]
+        return found
+
+    def everywhere(self, shape: Sequence[int], place: int) -> Pattern:
+        """The same constant everywhere."""
+        key = (tuple(shape), place)
+        found = self._of_constant.get(key)
+        if found is None:
+            n = math.prod(shape)
+            found = self._of_constant[key] = self.make(shape, np.full(n, CONSTANT, I32), np.full(n, place, I64))[0]
         return found
 
     # ---- remembered work

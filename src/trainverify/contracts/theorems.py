@@ -16,7 +16,7 @@ from trainverify.contracts.evaluate import Evaluator, prints_of
 from trainverify.contracts.graph import Graph
 from trainverify.contracts.guess import Guesses
 from trainverify.contracts.patterns import CONSTANT, I32, I64, Blocks, Pattern
-from trainverify.kernel.store import ZERO_ID
+from trainverify.kernel.store import ZERO_ID, Store
 
 EFFORT = 8_000                                # operations evaluated for all theorems: a program that needs more does not repeat itself
 VARIANTS = 3                                  # theorems of one form: the reference may do different things with such leaves
@@ -115,7 +115,8 @@ class Theorems:
         g, ev = self._graph, self._evaluator
         m = ev.proving()
         values = self._reference(m, leaves, candidates)
-        ev.store.parallel = True
+        store = m.nodes
+        store.parallel = True
         m.begin_side("parallel")
         mine = m.ids(self._expression(m, block, values)).reshape(-1).numpy()
         ids = np.concatenate([m.ids(values[b]).numpy() for b in (*leaves, *candidates)] or [np.zeros(0, I64)])
@@ -124,35 +125,20 @@ class Theorems:
         known, first = np.unique(ids, return_index=True)
         whole = np.ones(len(mine), bool)
         if factor != 1:
-            mine, whole = self._divided(mine, factor)
+            mine, whole = _divided(store, mine, factor)
         slot, place = np.full(len(mine), CONSTANT, I32), np.zeros(len(mine), I64)     # the bits of 0 are 0
         at = np.minimum(np.searchsorted(known, mine), max(len(known) - 1, 0))
-        hit = (known[at] == mine) & ev.store.clean[mine] & whole if len(known) else np.zeros(len(mine), bool)
+        hit = (known[at] == mine) & store.clean[mine] & whole if len(known) else np.zeros(len(mine), bool)
         slot[hit], place[hit] = owner[first[at[hit]]], places[first[at[hit]]]
-        fixed, held = ev.places(mine)
+        fixed, held = ev.places(store, mine)
         fixed &= whole
         slot[fixed], place[fixed] = CONSTANT, held[fixed]
         return slot, place, hit | fixed
 
-    def _divided(self, ids: np.ndarray, factor: Fraction) -> tuple[np.ndarray, np.ndarray]:
-        """What the identifiers are the factor times of, and where that is seen."""
-        store = self._evaluator.store
-        out, seen = np.full(len(ids), ZERO_ID, I64), ids == ZERO_ID
-        for code in np.unique(store.code[ids]).tolist():
-            at = np.flatnonzero(store.code[ids] == code)
-            if store.ops[code][0] == ("neg", None) and factor == -1:
-                out[at], seen[at] = store.definition(ids[at], code)[:, 0], True
-            elif store.ops[code][0] == ("mul", None):
-                rows = store.definition(ids[at], code)
-                is_factor = rows == store.constant(factor)
-                some = is_factor.any(1)
-                out[at[some]], seen[at[some]] = np.where(is_factor[some, 0], rows[some, 1], rows[some, 0]), True
-        return out, seen
-
     def _reference(self, m: Terms, leaves: Blocks, candidates: list[int]) -> dict[int, TermValue]:
         """Flat values of the leaves (fresh symbols) and of what the reference computes from them."""
         g, ev = self._graph, self._evaluator
-        ev.store.parallel = False
+        m.nodes.parallel = False
         free = [b for b in leaves if b not in set(candidates)]
         symbols = ev.fresh(m, [g.size[b] for b in free])[1]
         for v in symbols:
@@ -184,3 +170,17 @@ class Theorems:
             raise TooMuch
         return m.reshape(self._evaluator.apply(m, s, [values[x] for x in g.operands[b]]), (g.size[b],))
 
+
+def _divided(store: Store, ids: np.ndarray, factor: Fraction) -> tuple[np.ndarray, np.ndarray]:
+    """What the identifiers are the factor times of, and where that is seen."""
+    out, seen = np.full(len(ids), ZERO_ID, I64), ids == ZERO_ID
+    for code in np.unique(store.code[ids]).tolist():
+        at = np.flatnonzero(store.code[ids] == code)
+        if store.ops[code][0] == ("neg", None) and factor == -1:
+            out[at], seen[at] = store.definition(ids[at], code)[:, 0], True
+        elif store.ops[code][0] == ("mul", None):
+            rows = store.definition(ids[at], code)
+            is_factor = rows == store.constant(factor)
+            some = is_factor.any(1)
+            out[at[some]], seen[at[some]] = np.where(is_factor[some, 0], rows[some, 1], rows[some, 0]), True
+    return out, seen

@@ -35,5 +35,5 @@ def _proved(reference: Program, parallel: Program, table: OpTable, symbols: Symb
     if vacuity.found or any(machine.diagnostics for w in worlds for machine in w.machines) or undecided(*worlds, m) or not all(is_proved(comparison, key) for key in comparison.compared):
         return None
     claims = m.evaluator.claims
-    counts = {**claims.counts, "identifiers": m.evaluator.store.n, "failures": 0, **m.theorems.counts}
+    counts = {**claims.counts, "identifiers": m.evaluator.identifiers, "failures": 0, **m.theorems.counts}
     return Proof(frozenset(comparison.compared), {}, [], (), counts, [p.obligation for p in claims.proofs.values()], [], m.evaluator.field.rounding)

@@ -109,6 +109,12 @@ class Claims:
         self._short_first = self._too_large = self._plainly = False
         self._shares = Shares(store, self._are_sums)
 
+    def over(self, store: Store, guesses: Guesses) -> Claims:
+        """Claims over another store. What was decided stays decided: an obligation speaks of no store."""
+        new = Claims(store, guesses)
+        new.proofs, new._by_content, new.counts = self.proofs, self._by_content, self.counts
+        return new
+
     def begin_program(self, patient: bool) -> None:
         """Another parallel program: its claims may fail anew, and cost again what claims that fail may cost (nothing more, if not patient)."""
         self.wasted = 0 if patient else PATIENCE

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from trainverify.algebra.base import Algebra, Complex, V
+from trainverify.algebra.fieldvalue import is_dense
 from trainverify.ir.trace import TensorRef
 from trainverify.replay.native import NativeMemory, dtype_of
 
@@ -83,6 +84,9 @@ class AlgebraMemory:
             v = self.m.expand(v, ref.size)
         if ref.storage not in self.cells:
             if self._covers(ref):
+                if ref.offset == 0 and is_dense(ref.size, ref.stride, ref.numel):     # what was there does not matter
+                    self.cells[ref.storage], self.dtypes[ref.storage] = self.m.cell(self.m.reshape(v, (ref.numel,))), ref.dtype
+                    return
                 self.cells[ref.storage] = self.m.cell(self.m.garbage(f"{self.key}.{ref.storage}", self._numel(ref)))
                 self.dtypes[ref.storage] = ref.dtype
             else:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainverify.contracts import algebra, guess, theorems
+from trainverify.contracts import algebra, evaluate, guess, theorems
 from trainverify.contracts.patterns import CONSTANT, Patterns, contents
 from trainverify.engine import analysis
 from trainverify.engine.analysis import survey
@@ -15,6 +15,7 @@ from trainverify.engine.options import Options
 from trainverify.engine.passes import replay_both
 from trainverify.engine.proof import Lineages, Proof
 from trainverify.ir.files import load_program
+from trainverify.kernel.terms import digest
 from trainverify.ops.standard import standard_table
 from trainverify.relate.symbols import Symbols
 from trainverify.verify import capture_spec
@@ -211,7 +212,7 @@ def test_patterns_move_as_tensors_do():
     (Fraction(10 ** 400), False)], ids=str)
 def test_a_number_is_held_as_float64_only_if_that_means_the_number(number, held):
     m = algebra.Contracts(0, [], np.zeros(0), ())
-    fixed, places = m.evaluator.places(np.array([m.evaluator.store.constant(number)]))
+    fixed, places = m.evaluator.places(m.evaluator.store, np.array([m.evaluator.store.constant(number)]))
     assert fixed.tolist() == [held]
     if held:
         assert contents(places).item() == float(number) and m.nodes.constants.get(m.nodes.number(int(places[0]))) == number
@@ -268,3 +269,14 @@ def test_what_float64_shows_outweighs_a_proof_by_contracts(spec, deep, wrong, mo
 def test_places_that_are_accepted_for_nothing_are_told_of_deep_programs(spec, deep):
     found = analysis.analyse(*captured(spec, layers=3), accept=("spec.py:1",))
     assert found.first.field is None and [d.code for d in found.diagnostics if d.code == "ACC001"]
+
+
+def test_theorems_share_no_store_and_what_was_proved_stays_proved(spec, monkeypatch):
+    programs = captured(spec, layers=3)
+    plain = prove(*programs)
+    monkeypatch.setattr(evaluate, "ROOM", 0)                  # a new store for each theorem
+    alone = prove(*programs)
+    assert alone is not None and alone.proved == plain.proved and alone.counts["theorems"] == plain.counts["theorems"]
+    assert {o for o in map(digest, alone.obligations)} == {o for o in map(digest, plain.obligations)} and alone.counts["obligations"] == plain.counts["obligations"]
+    for wrong in ("sigmoid", "slice", "garbage"):
+        assert prove(*captured(spec, layers=3, wrong=wrong)) is None
