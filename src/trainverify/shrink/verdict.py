@@ -15,7 +15,7 @@ from trainverify.algebra.real import Real
 from trainverify.diagnostics import Diagnostic
 from trainverify.engine.analysis import replay_both
 from trainverify.engine.build import overall
-from trainverify.engine.verdict import EXACT, ROUNDED
+from trainverify.engine.verdict import EXACT, ROUNDED, agrees
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
@@ -57,7 +57,7 @@ class Runs:
             least = needed
         self._conclude(small, needed, short)
         if self.report.count("PROVED"):
-            self._elsewhere(reducer, least, small)
+            self._elsewhere(reducer, least, small, analysis is None or analysis.first.field is not None)
         if analysis is not None and self.report.count("REFUTED"):
             self._at_recorded_sizes(reference, parallel, table, {j.key for j in analysis.judgements if j.verdict == "REFUTED" and j.inputs is None})
         if self.cross_check and self.report.count("PROVED"):
@@ -83,13 +83,15 @@ class Runs:
         if report.outputs:
             report.verdict = overall(report)
 
-    def _elsewhere(self, reducer: Reducer, least: int, first: Reduced) -> None:
-        """Equality in the field where every size is another one: what is equal at one choice alone (a literal that happens to be a reduced count) is not."""
+    def _elsewhere(self, reducer: Reducer, least: int, first: Reduced, in_field: bool) -> None:
+        """Equality where every size is another one: what is equal at one choice alone (a literal that happens to be a reduced count) is not. In the
+        field, or in float64 where the proof did without a field, too."""
         small = self._reduced(reducer, least, first)
         clock = time.perf_counter()
-        found = replay_both(small.reference, small.parallel, reducer.table, Symbols(small.reference), 2 * self.report.seed + 5, self.progress).comparison.compared
+        seed = 2 * self.report.seed + 5 if in_field else None
+        found = replay_both(small.reference, small.parallel, reducer.table, Symbols(small.reference), seed, self.progress).comparison.compared
         self.report.phases.append(Phase("replay at other sizes", time.perf_counter() - clock))
-        differing = {key for key, c in found.items() if any(p.wrong("field") or p.undefined() for p in c.pieces)}
+        differing = {key for key, c in found.items() if any(p.wrong("field") or p.undefined() if in_field else not agrees(p) for p in c.pieces)}
         self._withdraw([o for o in self.report.outputs if (o.kind, o.name, o.step) in differing], "proved at one choice of sizes, and different at another")
 
     def _withdraw(self, outputs: list, why: str) -> None:

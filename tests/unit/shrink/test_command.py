@@ -5,10 +5,12 @@ import textwrap
 import pytest
 
 from trainverify import cli
+from trainverify.engine import analysis
 from trainverify.report.model import DimClass, OutputResult, Reduction, Report
 from trainverify.report.shapes import render, sentence
 from trainverify.report.text import headline
 from trainverify.report.text import render as render_report
+from trainverify.shrink import verdict
 
 SPEC = """
     import torch
@@ -77,3 +79,15 @@ def test_text_of_the_classes():
           sizes 64: sort chooses among it (model.py:3)
     """)
     assert sentence(Reduction([])) == "the sizes as recorded: none could be smaller"
+
+
+def test_deep_programs_are_looked_at_in_float64_at_other_sizes(spec, monkeypatch, capsys):
+    """What contracts prove needs no field, at no size; a difference at other sizes withdraws it all the same."""
+    monkeypatch.setattr(analysis, "DEEP", 0)
+    seeds, plain = [], verdict.replay_both
+    monkeypatch.setattr(verdict, "replay_both", lambda *a: seeds.append(a[4]) or plain(*a))
+    assert cli.main(["verify", spec, "--reduce", "-q", "--jobs", "1", "--no-cache"]) == 0 and seeds == [None]
+    capsys.readouterr()
+    monkeypatch.setattr(verdict, "agrees", lambda piece: False)
+    assert cli.main(["verify", spec, "--reduce", "-q", "--jobs", "1", "--no-cache"]) == 3
+    assert "proved at one choice of sizes, and different at another" in " ".join(capsys.readouterr().out.split())
