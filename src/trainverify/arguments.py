@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from trainverify import __version__
 from trainverify.report.formats import FORMATS
-from trainverify.report.text import WIDTH
-from trainverify.report.words import wrap
+from trainverify.report.words import WIDTH, wrap
 
 FOLDER = Path(".trainverify")
 _EXITS = """exit codes:

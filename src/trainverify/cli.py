@@ -18,8 +18,7 @@ from trainverify import __version__
 from trainverify.arguments import FOLDER, parser
 from trainverify.diagnostics import Fault
 from trainverify.processes import Terminated, ended_in_order
-from trainverify.report.text import WIDTH
-from trainverify.report.words import wrap
+from trainverify.report.words import WIDTH, wrap
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 from trainverify.diagnostics import Diagnostic
 from trainverify.report.model import OutputResult, Report
-from trainverify.report.text import TITLES, WIDTH, by_severity, diagnostic_lines, finding_lines, says
-from trainverify.report.words import ascii_text, fold_names, ranks_text, short_path, wrap
+from trainverify.report.text import TITLES, by_severity, diagnostic_lines, finding_lines, says
+from trainverify.report.words import WIDTH, ascii_text, fold_names, ranks_text, short_path, wrap
 
 RAN, COMPARED = "both programs run", "outputs"
 

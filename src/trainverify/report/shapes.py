@@ -4,8 +4,7 @@ from __future__ import annotations
 import msgspec
 
 from trainverify.report.model import Reduction
-from trainverify.report.text import WIDTH
-from trainverify.report.words import short_paths, wrap
+from trainverify.report.words import WIDTH, short_paths, wrap
 
 
 def encode(found: Reduction) -> bytes:

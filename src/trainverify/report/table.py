@@ -6,8 +6,8 @@ import os
 
 from trainverify.report import text
 from trainverify.report.model import Report, Suite
-from trainverify.report.text import WIDTH, by_severity, facts, says
-from trainverify.report.words import count_of, join_wrapped, short_path, wrap
+from trainverify.report.text import by_severity, facts, says
+from trainverify.report.words import WIDTH, count_of, join_wrapped, short_path, wrap
 
 _NAME = 22                                    # columns of a run's name; longer ones stand on a line of their own
 _SORTS = ("PROVED", "REFUTED", "UNKNOWN")

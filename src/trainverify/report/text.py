@@ -13,10 +13,11 @@ from trainverify.report.advice import advice
 from trainverify.report.counterexample import counterexample_lines
 from trainverify.report.model import Finding, OutputResult, Report
 from trainverify.report.selftest import self_test_lines
+from trainverify.report.shapes import sentence
 from trainverify.report.source import excerpt
-from trainverify.report.words import JOIN, count_of, fold_names, int_ranges, join_wrapped, memory_text, number, ranks_text, short_path, short_paths, wrap
+from trainverify.report.words import (JOIN, WIDTH, count_of, fold_names, int_ranges, join_wrapped, memory_text, number, ranks_text, short_path, short_paths,
+                                      wrap)
 
-WIDTH = 80
 KINDS = ("scalar", "gradient", "parameter", "buffer", "state")
 TITLES = {"scalar": "scalars", "gradient": "gradients", "parameter": "updated parameters", "buffer": "buffers", "state": "optimizer state"}
 _NOUNS = {"parameter": "updated parameter", "state": "optimizer state"}
@@ -113,8 +114,6 @@ def says(report: Report) -> str:
 
 
 def _by_reduction(report: Report) -> str:
-    from trainverify.report.shapes import sentence
-
     return "" if report.reduction is None else f" for the recorded sizes, by reduction ({sentence(report.reduction)})"
 
 

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+WIDTH = 80                                    # columns of a plain report
 JOIN = "\0"                                   # in a text to be wrapped: a space at which no line ends
 
 
