@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from trainverify.ir.trace import OpCall, Program, ScalarRef, Sequence, TensorRef, inputs
+from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, Sequence, TensorRef, inputs
 from trainverify.relate.decisions import is_sized_by_data
 from trainverify.replay.collectives import message
 from trainverify.replay.machine import DECIDED
 
 Place = tuple[int, int]                       # rank, position in its trace
-ALWAYS = {"tv.symbol", "tv.data", "tv.step", "tv.resize"}
+ALWAYS = {"tv.symbol", "tv.data", "tv.step"}
+RESIZE = "tv.resize"                          # writes to the whole storage
 ASKED = {"tv.decision", "tv.escape"}          # and DECIDED, and what data give sizes to
 NAMED = {"tv.param", "tv.stepped"}            # the first of each name says what the parameter holds
 
@@ -54,7 +55,7 @@ class _Part:
         named: set[tuple] = set()
         for p, call in enumerate(ops):
             c = call.collective
-            for storage in {r.storage for r in (c.outputs if c is not None else call.targets())}:
+            for storage in {_resized(call)} if call.name == RESIZE else {r.storage for r in (c.outputs if c is not None else call.targets())}:
                 self._writers[rank, storage].append(p)
             for scalar in _scalars(call.outs):
                 self._scalars[rank, scalar.id] = p
@@ -81,7 +82,7 @@ class _Part:
         """Put on the stack what a call needs."""
         call = self._ops[rank][p]
         c = call.collective
-        for storage in {r.storage for r in _refs(call)}:
+        for storage in {_resized(call)} if call.name == RESIZE else {r.storage for r in _refs(call)}:
             done, writers = self._whole.get((rank, storage), 0), self._writers[rank, storage]
             if p > done:
                 self._stack += [(rank, w) for w in writers[bisect.bisect_left(writers, done):bisect.bisect_left(writers, p)]]
@@ -96,6 +97,11 @@ class _Part:
             now = bisect.bisect_left(asked, p)
             self._stack += [(rank, q) for q in asked[done:now]]
             self._answered[rank] = max(now, done)
+
+
+def _resized(call: OpCall) -> int:
+    storage = call.args[0]
+    return int(storage.value) if isinstance(storage, Name) else int(storage)
 
 
 def _refs(call: OpCall) -> Iterator[TensorRef]:
