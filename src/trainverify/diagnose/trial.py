@@ -14,6 +14,7 @@ import torch
 from trainverify.algebra.real import RealValue
 from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.engine.inputs import Trial, decisions_of, fall_alike, until
+from trainverify.engine.slices import RESIZE, refs, resized
 from trainverify.ir.trace import OpCall, Program, TensorRef
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Compared, Comparison, Key
@@ -98,7 +99,7 @@ class Trials:
 
 
 CONTROL = {"tv.decision", "tv.param", "tv.stepped", "aten.is_nonzero.default", "aten.equal.default", "aten._local_scalar_dense.default"}
-ALWAYS = {"tv.symbol", "tv.data", "tv.step", "tv.resize"}
+ALWAYS = {"tv.symbol", "tv.data", "tv.step"}
 
 
 def sliced(program: Program, wanted: Iterable[Node], key: Key) -> Program:
@@ -128,7 +129,12 @@ def needed(program: Program, starts: list[Node]) -> Program:
     traces = []
     for t in program.traces:
         works = {t.ops[i].collective.work for r, i in keep if r == t.rank and t.ops[i].collective is not None} - {None}
-        traces.append(msgspec.structs.replace(t, ops=[c for c in t.ops if (t.rank, c.index) in keep or c.name in ALWAYS or c.name == "tv.wait" and c.args[0] in works]))
+        ops, named = [], set()
+        for c in t.ops:
+            if (t.rank, c.index) in keep or c.name in ALWAYS or c.name == "tv.wait" and c.args[0] in works or c.name == RESIZE and resized(c) in named:
+                ops.append(c)
+                named.update(r.storage for r in refs(c))
+        traces.append(msgspec.structs.replace(t, ops=ops))
     return Program(traces, program.blobs)
 
 

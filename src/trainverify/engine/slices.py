@@ -55,7 +55,7 @@ class _Part:
         named: set[tuple] = set()
         for p, call in enumerate(ops):
             c = call.collective
-            for storage in {_resized(call)} if call.name == RESIZE else {r.storage for r in (c.outputs if c is not None else call.targets())}:
+            for storage in {resized(call)} if call.name == RESIZE else {r.storage for r in (c.outputs if c is not None else call.targets())}:
                 self._writers[rank, storage].append(p)
             for scalar in _scalars(call.outs):
                 self._scalars[rank, scalar.id] = p
@@ -82,7 +82,7 @@ class _Part:
         """Put on the stack what a call needs."""
         call = self._ops[rank][p]
         c = call.collective
-        for storage in {_resized(call)} if call.name == RESIZE else {r.storage for r in _refs(call)}:
+        for storage in {resized(call)} if call.name == RESIZE else {r.storage for r in refs(call)}:
             done, writers = self._whole.get((rank, storage), 0), self._writers[rank, storage]
             if p > done:
                 self._stack += [(rank, w) for w in writers[bisect.bisect_left(writers, done):bisect.bisect_left(writers, p)]]
@@ -99,12 +99,14 @@ class _Part:
             self._answered[rank] = max(now, done)
 
 
-def _resized(call: OpCall) -> int:
+def resized(call: OpCall) -> int:
+    """The storage that a tv.resize speaks of."""
     storage = call.args[0]
     return int(storage.value) if isinstance(storage, Name) else int(storage)
 
 
-def _refs(call: OpCall) -> Iterator[TensorRef]:
+def refs(call: OpCall) -> Iterator[TensorRef]:
+    """What a call names in memory."""
     yield from inputs(call)
     yield from call.targets()
     if call.collective is not None:

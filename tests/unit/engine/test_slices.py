@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from trainverify.algebra.real import Real
+from trainverify.diagnose.trial import needed
 from trainverify.engine.analysis import analyse
 from trainverify.engine.options import Options
 from trainverify.engine.slices import part
@@ -147,3 +148,16 @@ def test_of_a_program_that_differs_the_rest_is_proved_from_its_part(programs):
     lineages = analysis.first.comparison
     again = analysis.prover.prove(parallel, (), lambda *a: None, lambda: lineages)
     assert {k for k, v in verdicts.items() if v == "PROVED"} == again.proved
+
+
+def test_trials_keep_memory_that_is_resized_only_where_they_use_it(programs):
+    """The smaller parts of counterexamples: killed writes may be missing, a storage that nobody made yet cannot be resized."""
+    reference, parallel = programs
+    symbols = Symbols(reference)
+    whole = replayed(parallel, symbols)
+    m = Real(symbols.real_values)
+    for place, output in whole.items():
+        binder = Binder(symbols, [m])
+        world = replay(needed(parallel, [place]), [m], standard_table(()), Hooks(symbol=binder.symbol, bind=binder.bind))
+        (found,) = [o for machine in world.machines for o in machine.outputs if (o.rank, o.call.index) == place]
+        assert torch.equal(found.values["real"].t, output.values["real"].t)
