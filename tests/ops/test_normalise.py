@@ -1,4 +1,4 @@
-"""Rows of softmax and of layer, RMS and group normalisation against torch."""
+"""Rows of softmax and of layer, RMS, group and batch normalisation against torch."""
 from __future__ import annotations
 
 import math
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import CHECKED, TABLE, assert_covered, check_function, check_opinfo, check_row
+from harness import CHECKED, TABLE, Call, assert_covered, check_call, check_function, check_opinfo, check_row
 from trainverify.algebra.real import Real
 from trainverify.ops import normalise
 
@@ -87,6 +87,34 @@ def test_gradients(shape, eps, dim, keep):
     check_function(lambda x, w, b: F.layer_norm(x, shape[-keep:], w, b, eps), x, w, b, rtol=1e-7, atol=1e-7)
     check_function(lambda x, w: F.rms_norm(x, shape[-keep:], w, eps), x, w, rtol=1e-7, atol=1e-7)
     check_function(lambda x: (F.softmax(x, dim), F.log_softmax(x, dim)), x)
+
+
+# ---- batch norm
+def batch_norm_written(x, w, b, mean, var, training, momentum=0.1, eps=1e-5):
+    """The op's results and the running statistics that it writes, which its schema does not tell."""
+    args = [x, w, b, mean, var, training, momentum, eps]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    targets = list(aten.native_batch_norm(*args)) + ([mean, var] if training and mean is not None else [])
+    check_call(Call(aten.native_batch_norm.default, tuple(before), {}, targets))
+    return targets
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (3, 2, 2, 4), (2, 3, 2, 1, 2)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine,tracked", [(True, True), (False, True), (True, False)])
+def test_batch_norm(shape, training, affine, tracked):
+    """Forward, what it writes into the running statistics, and each gradient that is asked for."""
+    c = shape[1]
+    x, w, b = rnd(*shape), rnd(c, seed=1) if affine else None, rnd(c, seed=2) if affine else None
+    mean, var = (rnd(c, seed=3), rnd(c, seed=4).exp()) if tracked or not training else (None, None)
+    _, center, rstd, *written = batch_norm_written(x, w, b, mean, var, training, momentum=0.3, eps=1e-3)
+    assert len(written) == (2 if training and tracked else 0)
+    for mask in ([True, affine, affine], [False, True, True] if affine else [True, False, False], [True, False, False]):
+        check_row(aten.native_batch_norm_backward.default, [rnd(*shape, seed=5), x, w, mean, var, center, rstd, training, 1e-3, mask])
+
+
+def test_batch_norm_and_autograd():
+    check_function(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), rnd(3, 2, 4), rnd(2, seed=1), rnd(2, seed=2))
 
 
 def test_every_row_was_checked():

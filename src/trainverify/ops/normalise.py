@@ -1,4 +1,4 @@
-"""Rows of softmax, layer, RMS and group normalisation, forward and backward (trusted).
+"""Rows of softmax, layer, RMS, group and batch normalisation, forward and backward (trusted).
 
 A maximum is subtracted only where exp would overflow: over the reals it cancels. exp(-inf) is 0 exactly, so masked entries vanish; a row that is masked
 throughout is 0/0. Backward ops compute with the mean, the scale and the output that they are given.
@@ -179,4 +179,56 @@ def group_norm_backward(m, grad_out, input, mean, rstd, weight, N, C, HxW, group
     w = None if weight is None else _per_channel(m, weight, group)
     results = (lambda: m.reshape(_norm_backward(m, g, unit, r, w, [2, 3], True), input.shape),
                lambda: m.reshape(m.sum(m.mul(g, unit), [0, 3]), (C,)), lambda: m.reshape(m.sum(g, [0, 3]), (C,)))
+    return [f() for f, wanted in zip(results, output_mask) if wanted]
+
+
+# ---- batch norm
+def _over_batch(m, x, *per_channel):
+    """Every dimension but that of the channels, and values of one number per channel in the shape that broadcasts along x (None stays None)."""
+    shape = (1, x.shape[1], *[1] * (len(x.shape) - 2))
+    return [d for d in range(len(x.shape)) if d != 1], *(None if v is None else m.reshape(lift(m, v), shape) for v in per_channel)
+
+
+@rows("aten.native_batch_norm", source="torch.nn.functional.batch_norm", ctx=True)
+def batch_norm(m, input, weight, bias, running_mean, running_var, training, momentum, eps, *, ctx):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over all but the channels, the mean and 1 / sqrt; in training, the running statistics moved by momentum"""
+    x = lift(m, input)
+    dims, w, b, center, spread = _over_batch(m, x, weight, bias, *((None, None) if training else (running_mean, running_var)))
+    if training:
+        center = L.mean(m, x, dims, True)
+    d = m.sub(x, center)
+    if training:
+        spread = L.mean(m, m.mul(d, d), dims, True)
+    rstd = m.inv(m.sqrt(m.add(spread, m.const(eps))))
+    y = m.mul(d, rstd)
+    y = y if w is None else m.mul(y, w)
+    y = y if b is None else m.add(y, b)
+    saved = tuple(ctx.native[1].shape)                      # nothing is saved outside training
+    out = [y, *(m.reshape(v, saved) if math.prod(saved) else m.const(0, saved) for v in (center, rstd))]
+    if training and running_mean is not None:
+        n = L.count(x.shape, dims)
+        unbiased = m.div(m.scale(spread, n), m.const(n - 1))
+        out += [_moved(m, old, m.reshape(new, saved), momentum) for old, new in ((running_mean, center), (running_var, unbiased))]
+    return out
+
+
+def _moved(m, old, new, momentum):
+    old = lift(m, old)
+    return m.add(old, L.scaled(m, m.sub(new, old), momentum))
+
+
+@rows("aten.native_batch_norm_backward", source="torch.nn.functional.batch_norm")
+def batch_norm_backward(m, grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask):
+    """The gradients of input, weight and bias that output_mask asks for"""
+    g, x = lift(m, grad_out), lift(m, input)
+    if train:
+        dims, w, center, r = _over_batch(m, x, weight, save_mean, save_invstd)
+    else:
+        dims, w, center, spread = _over_batch(m, x, weight, running_mean, running_var)
+        r = m.inv(m.sqrt(m.add(spread, m.const(eps))))
+    unit = m.mul(m.sub(x, center), r)
+
+    def of_input():
+        return _norm_backward(m, g, unit, r, w, dims, True) if train else m.mul(g if w is None else m.mul(g, w), r)
+    results = (of_input, lambda: L.total(m, m.mul(g, unit), dims), lambda: L.total(m, g, dims))
     return [f() for f, wanted in zip(results, output_mask) if wanted]
