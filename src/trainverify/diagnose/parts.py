@@ -85,7 +85,8 @@ class Parts:
             joined = self._joined(node, made, order)
             if joined is not None:
                 return joined
-        instead = {ref: parts[order[parts.index(ref)]] for ref, (line, parts) in self._read(node).items() if line == made} if inside else {}
+        instead = {ref: parts[order[parts.index(ref)]] for ref, (line, parts) in self._read(node).items()
+                   if line == made and len(parts) == len(order)} if inside else {}
         instead = {old: new for old, new in instead.items() if old != new}
         return reading(call, instead) if instead else None
 
