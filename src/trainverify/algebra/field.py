@@ -19,7 +19,7 @@ from trainverify.algebra import primes
 from trainverify.algebra.base import Number
 from trainverify.algebra.constants import Constants, Rounding
 from trainverify.algebra.fieldvalue import (GARBAGE, MAXED, NEG_INF, P_BAD, POS_INF, Q_BAD, ROOTED, SETTLED, TAINT, Cell, FieldValue, any_of,
-                                            both_signs, broadcast, codes, floats, is_dense, is_garbage, joined, spread_dims, sum_signs)
+                                            both_signs, codes, floats, is_dense, is_garbage, joined, spread_dims, sum_signs)
 from trainverify.algebra.maxsets import MaxSets
 from trainverify.algebra.order import Order
 from trainverify.algebra.powers import Powers

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainverify.capture.tags import TagTable
-from trainverify.ir.trace import Arg, Note, OpCall, Program, ScalarRef, Sequence, TensorRef, Trace, inputs
+from trainverify.ir.trace import Arg, Note, OpCall, Program, ScalarRef, Sequence, TensorRef, Trace, inputs, scalar_ids
 
 _FLOATS = {"float32": np.float32, "float64": np.float64, "float16": np.float16}
 SCALARS = "scalars"                            # blob: value of each tracked scalar, by its number
@@ -83,7 +83,7 @@ def _leaving(trace: Trace, blobs: dict, table: TagTable) -> Iterator[OpCall]:
         if call.collective is not None:
             tainted.update(o.storage for o in call.collective.outputs if is_float(o.dtype))
             continue
-        from_symbols = any(dirty(r) for r in inputs(call)) or any(s.id in scalars for s in _scalars(call))
+        from_symbols = any(dirty(r) for r in inputs(call)) or any(s in scalars for s in scalar_ids((*call.args, *call.kwargs.values())))
         if not from_symbols:
             continue
         if call.name == "tv.escape":
@@ -94,16 +94,6 @@ def _leaving(trace: Trace, blobs: dict, table: TagTable) -> Iterator[OpCall]:
         if isinstance(call.outs, ScalarRef):
             scalars.add(call.outs.id)
             yield call
-
-
-def _scalars(call: OpCall) -> Iterator[ScalarRef]:
-    stack: list[Arg] = [*call.args, *call.kwargs.values()]
-    while stack:
-        a = stack.pop()
-        if isinstance(a, ScalarRef):
-            yield a
-        elif isinstance(a, Sequence):
-            stack.extend(a.items)
 
 
 # ---- what differs between two captures

@@ -6,12 +6,10 @@ written stays, and is garbage as before.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from trainverify.ir.check import itemsize
-from trainverify.ir.trace import OpCall, Sequence, Storage, TensorRef, inputs
+from trainverify.ir.trace import RESIZE, OpCall, Sequence, Storage, TensorRef, references, resized
 
 EMPTY = "aten.empty.memory_format"
 SMALL = 1 << 20                                # bytes of a storage that stays as it is
@@ -20,13 +18,13 @@ SMALL = 1 << 20                                # bytes of a storage that stays a
 def without_unused(ops: list[OpCall], storages: list[Storage]) -> tuple[list[OpCall], list[Storage]]:
     """The calls and storages of a trace, large uninitialised tensors only as long as they are used."""
     made = {call.outs.storage: call.index for call in ops if _is_large(call, storages)}
-    resized = {int(call.args[0].value) for call in ops if call.name == "tv.resize"} if made else set()
-    made = {sid: index for sid, index in made.items() if sid not in resized}
+    moved = {resized(call) for call in ops if call.name == RESIZE} if made else set()
+    made = {sid: index for sid, index in made.items() if sid not in moved}
     if not made:
         return ops, storages
     used = dict.fromkeys(made, 0)              # bytes from the storage's start to the last that is touched
     for call in ops:
-        for ref in _touched(call):
+        for ref in references(call):
             if ref.storage in used and made[ref.storage] != call.index:
                 used[ref.storage] = max(used[ref.storage], _end(ref))
     ops, storages = list(ops), list(storages)
@@ -45,14 +43,6 @@ def _is_large(call: OpCall, storages: list[Storage]) -> bool:
         strides.insert(0, strides[0] * n)
     nbytes = storages[ref.storage].nbytes
     return nbytes > SMALL and ref.size != () and ref.stride == tuple(strides) and _end(ref) == nbytes and call.args == (Sequence(ref.size),)
-
-
-def _touched(call: OpCall) -> Iterable[TensorRef]:
-    yield from inputs(call)
-    yield from call.targets()
-    if call.collective is not None:
-        yield from call.collective.inputs
-        yield from call.collective.outputs
 
 
 def _end(ref: TensorRef) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-import msgspec
 
 from trainverify.diagnose.amounts import Amounts
 from trainverify.diagnose.candidate import Candidate

@@ -14,7 +14,7 @@ from trainverify.diagnose.counterexample import Found, output_text
 from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.diagnose.expected import Expected, value, where
 from trainverify.diagnose.trial import Arguments, result_of
-from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence as ListArg, TensorRef
+from trainverify.ir.trace import Arg, Name, ScalarRef, Sequence as ListArg, TensorRef
 
 WIDTH = 88
 MOST_ELEMENTS = 20_000                        # of the operands of all ranks; of a larger operation only the wrong elements are written

@@ -14,8 +14,7 @@ import torch
 from trainverify.algebra.real import RealValue
 from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.engine.inputs import Trial, decisions_of, fall_alike, until
-from trainverify.engine.slices import RESIZE, refs, resized
-from trainverify.ir.trace import OpCall, Program, TensorRef
+from trainverify.ir.trace import RESIZE, OpCall, Program, TensorRef, references, resized
 from trainverify.ops.table import OpTable
 from trainverify.relate.compare import Compared, Comparison, Key
 from trainverify.relate.symbols import Binder, Symbols
@@ -133,7 +132,7 @@ def needed(program: Program, starts: list[Node]) -> Program:
         for c in t.ops:
             if (t.rank, c.index) in keep or c.name in ALWAYS or c.name == "tv.wait" and c.args[0] in works or c.name == RESIZE and resized(c) in named:
                 ops.append(c)
-                named.update(r.storage for r in refs(c))
+                named.update(r.storage for r in references(c))
         traces.append(msgspec.structs.replace(t, ops=ops))
     return Program(traces, program.blobs)
 

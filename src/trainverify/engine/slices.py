@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import msgspec
 
-from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, Sequence, TensorRef, inputs
+from trainverify.ir.trace import RESIZE, OpCall, Program, references, resized, scalar_ids
 from trainverify.relate.decisions import is_sized_by_data
 from trainverify.replay.collectives import message
 from trainverify.replay.machine import DECIDED
 
 Place = tuple[int, int]                       # rank, position in its trace
 ALWAYS = {"tv.symbol", "tv.data", "tv.step"}
-RESIZE = "tv.resize"                          # writes to the whole storage
 ASKED = {"tv.decision", "tv.escape"}          # and DECIDED, and what data give sizes to
 NAMED = {"tv.param", "tv.stepped"}            # the first of each name says what the parameter holds
 
@@ -57,8 +56,8 @@ class _Part:
             c = call.collective
             for storage in {resized(call)} if call.name == RESIZE else {r.storage for r in (c.outputs if c is not None else call.targets())}:
                 self._writers[rank, storage].append(p)
-            for scalar in _scalars(call.outs):
-                self._scalars[rank, scalar.id] = p
+            for scalar in scalar_ids((call.outs,)):
+                self._scalars[rank, scalar] = p
             if c is not None and c.kind == "send":
                 self._sent[message(rank, c)] = (rank, p)
             elif c is not None and c.kind != "recv":
@@ -82,12 +81,12 @@ class _Part:
         """Put on the stack what a call needs."""
         call = self._ops[rank][p]
         c = call.collective
-        for storage in {resized(call)} if call.name == RESIZE else {r.storage for r in refs(call)}:
+        for storage in {resized(call)} if call.name == RESIZE else {r.storage for r in references(call)}:
             done, writers = self._whole.get((rank, storage), 0), self._writers[rank, storage]
             if p > done:
                 self._stack += [(rank, w) for w in writers[bisect.bisect_left(writers, done):bisect.bisect_left(writers, p)]]
                 self._whole[rank, storage] = p
-        self._stack += [(rank, self._scalars[rank, s.id]) for a in (*call.args, *call.kwargs.values()) for s in _scalars(a) if (rank, s.id) in self._scalars]
+        self._stack += [(rank, self._scalars[rank, s]) for s in scalar_ids((*call.args, *call.kwargs.values())) if (rank, s) in self._scalars]
         if c is not None and c.kind == "recv":
             self._stack += [self._sent[m]] if (m := message(rank, c)) in self._sent else []
         elif c is not None and c.kind != "send":
@@ -97,26 +96,3 @@ class _Part:
             now = bisect.bisect_left(asked, p)
             self._stack += [(rank, q) for q in asked[done:now]]
             self._answered[rank] = max(now, done)
-
-
-def resized(call: OpCall) -> int:
-    """The storage that a tv.resize speaks of."""
-    storage = call.args[0]
-    return int(storage.value) if isinstance(storage, Name) else int(storage)
-
-
-def refs(call: OpCall) -> Iterator[TensorRef]:
-    """What a call names in memory."""
-    yield from inputs(call)
-    yield from call.targets()
-    if call.collective is not None:
-        yield from call.collective.inputs
-        yield from call.collective.outputs
-
-
-def _scalars(arg) -> Iterator[ScalarRef]:
-    if isinstance(arg, ScalarRef):
-        yield arg
-    elif isinstance(arg, Sequence):
-        for a in arg.items:
-            yield from _scalars(a)

@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from trainverify.ir.trace import Arg, OpCall, Program, ScalarRef, Sequence, TensorRef, Trace, inputs
+from trainverify.ir.trace import Program, ScalarRef, TensorRef, Trace, references, scalar_ids
 
 MOST = 20                                     # problems that are told
 
@@ -32,24 +32,16 @@ def _of_rank(trace: Trace) -> Iterator[str]:
         where = f"call {at} ({call.name})"
         if call.index != at:
             yield f"{where} has the number {call.index}"
-        for ref in _touched(call):
+        for ref in references(call):
             if (said := _misplaced(ref, trace)):
                 yield f"{where}: {said}"
-        yield from (f"{where}: scalar {s} is used before it is made" for s in _scalars((*call.args, *call.kwargs.values())) if s not in scalars)
+        yield from (f"{where}: scalar {s} is used before it is made" for s in scalar_ids((*call.args, *call.kwargs.values())) if s not in scalars)
         if isinstance(call.outs, ScalarRef):
             scalars.add(call.outs.id)
         if call.collective is not None and call.collective.work is not None:
             works.add(call.collective.work)
         if call.name == "tv.wait" and call.args[0] not in works:
             yield f"{where}: nothing issued the work {call.args[0]}"
-
-
-def _touched(call: OpCall) -> Iterator[TensorRef]:
-    yield from inputs(call)
-    yield from call.targets()
-    if call.collective is not None:
-        yield from call.collective.inputs
-        yield from call.collective.outputs
 
 
 def _misplaced(ref: TensorRef, trace: Trace) -> str:
@@ -66,14 +58,6 @@ def itemsize(dtype: str) -> int:
     """Bytes of one element: "bfloat16" 2, "complex64" 8, "bool" 1, "float8_e4m3fn" 1."""
     found = re.match(r"[a-z]+(\d+)", dtype)
     return max(int(found[1]) // 8, 1) if found else 1
-
-
-def _scalars(args: tuple[Arg, ...]) -> Iterator[int]:
-    for a in args:
-        if isinstance(a, ScalarRef):
-            yield a.id
-        elif isinstance(a, Sequence):
-            yield from _scalars(a.items)
 
 
 def _meetings(program: Program) -> list[str]:
@@ -105,4 +89,3 @@ def _messages(program: Program) -> list[str]:
 def elements(ref: TensorRef, trace: Trace) -> int:
     """How many elements of a tensor's type its storage has room for."""
     return trace.storages[ref.storage].nbytes // itemsize(ref.dtype)
-

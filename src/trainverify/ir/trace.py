@@ -22,7 +22,7 @@ tv.resize(storage, nbytes)        storage resized; contents are garbage where it
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Union
 
 import msgspec
@@ -209,3 +209,31 @@ def inputs(call: OpCall) -> Iterator[TensorRef]:
         yield from tensors(a)
     for a in call.kwargs.values():
         yield from tensors(a)
+
+
+def references(call: OpCall) -> Iterator[TensorRef]:
+    """All that a call names in memory: arguments, results, what it writes, what its collective moves."""
+    yield from inputs(call)
+    yield from tensors(call.outs)
+    yield from call.writes
+    if call.collective is not None:
+        yield from call.collective.inputs
+        yield from call.collective.outputs
+
+
+def scalar_ids(args: Iterable[Arg]) -> Iterator[int]:
+    """Numbers of the tracked scalars among arguments, also in lists."""
+    for a in args:
+        if isinstance(a, ScalarRef):
+            yield a.id
+        elif isinstance(a, Sequence):
+            yield from scalar_ids(a.items)
+
+
+RESIZE = "tv.resize"
+
+
+def resized(call: OpCall) -> int:
+    """The storage that a tv.resize speaks of."""
+    storage = call.args[0]
+    return int(storage.value) if isinstance(storage, Name) else int(storage)

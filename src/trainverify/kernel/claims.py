@@ -15,30 +15,25 @@ from typing import Protocol
 
 import numpy as np
 
+from trainverify.kernel.choice import Choice
 from trainverify.kernel.linear import Shares
 from trainverify.kernel.patterns import Pattern, Patterns
 from trainverify.kernel.prove import Proved, Refuted, Verdict, prove
 from trainverify.kernel.rename import Template, canonical_order, canonical_rows, distinct, instantiate, template
-from trainverify.kernel.shapes import LEAF, Shapes
-from trainverify.kernel.store import GARBAGE, I64, ZERO_ID, Store, distinct_rows, grow, is_total
+from trainverify.kernel.store import GARBAGE, I64, ZERO_ID, Store, distinct_rows
 from trainverify.kernel.sums import equal_sums
 from trainverify.kernel.terms import ANY, Obligation, Terms, digest
+from trainverify.kernel.written import Group, TooLarge, Written, pairs, whole_leaves
 
-INLINE = 300                                  # leaves up to which an open node is written out from the start
 # Successive attempts: the leaves that unfolding may reach, and whether short operations are unfolded before long ones.
 LADDER = ((300, False), (300, True), (2000, False))
-SHORT = 4                                     # operands
 DEPTH = 24                                    # unfoldings in a row
-DEEPEST = 400                                 # operations above each other that unfolding may reach
-NESTING = 120                                 # operations above each other in a written-out term
-LOOK = 300                                    # identifiers at which a look for others below stops
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 PATIENCE = 200_000                            # effort that a run may lose to claims that fail, plus half the number of identifiers; then it unfolds no more
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SHARES = 64                                   # summands up to which a sum may be one of shares
 SUMS = 32                                     # rows of a call that are tried as long sums
 CHUNK = 1 << 21                               # leaves that are named at once
-SIMPLE = 1 << 20                              # constants with larger numerators or denominators are leaves
 
 
 class Prints(Protocol):
@@ -61,15 +56,6 @@ class Guesses(Protocol):
     def learn_other(self, prints: np.ndarray, code: int, rows: np.ndarray, ids: np.ndarray) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Rows (by index) that are terms of one shape, with their leaves [rows, leaves]."""
-
-    shape: int
-    index: np.ndarray
-    leaves: np.ndarray
-
-
 @dataclass(slots=True)
 class Failure:
     """A kind of claim that was not proved."""
@@ -82,15 +68,12 @@ class Failure:
     obligation: Obligation | None = None
 
 
-class TooLarge(Exception):
-    """A term would have more leaves than the limit."""
-
-
 class Claims:
     """Turns rows into identifiers."""
 
     def __init__(self, store: Store, guesses: Guesses):
-        self.store, self.guesses, self.shapes = store, guesses, Shapes()
+        self.store, self.guesses = store, guesses
+        self._written, self._choice = Written(store), Choice(store)
         self.failures: list[Failure] = []
         self.proofs: dict[str, Proved] = {}                      # by content
         self.counts: Counter[str] = Counter()
@@ -99,13 +82,8 @@ class Claims:
         self._verdicts: dict[tuple, tuple[Verdict, Obligation]] = {}
         self._by_content: dict[str, Verdict] = {}
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
-        self._shape, self._at = np.zeros(0, np.int32), np.zeros(0, I64)
-        self._pool, self._used = np.empty(1024, I64), 0
         self.wasted = self._effort = 0                           # nodes of terms, half the steps of proofs, and cells of rows by 64
         self._not_zero: set[int] = set()      # operations whose rows could not be shown to be zero though they seem to be
-        self._below: dict[int, list[int]] = {}
-        self._constants = 0
-        self._stubborn = np.zeros(0, bool)                       # not proved to be what its fingerprint says
         self._short_first = self._too_large = self._plainly = False
         self._shares = Shares(store, self._are_sums)
 
@@ -163,9 +141,7 @@ class Claims:
         open_ = np.flatnonzero(out < 0)
         if open_.size:
             out[open_] = self._opened(code, rows[open_], keys[open_])
-        if failed.size:
-            self._sync()
-            self._stubborn[out[failed]] = True
+        self._choice.stubborn.update(out[failed].tolist())
         return out
 
     def _learnt(self, code: int, rows, keys, out: np.ndarray, marks: np.ndarray, failed: np.ndarray) -> None:
@@ -192,7 +168,7 @@ class Claims:
         """New identifiers of rows that are nothing known."""
         ids = self.store.define(code, rows, keys)
         if self.store.parallel:
-            self._write_out(code, rows, ids)
+            self._written.write_out(code, rows, ids)
         return ids
 
     def _merge(self, code: int, rows, keys, out: np.ndarray, at: np.ndarray, reps: np.ndarray, c: Fraction) -> None:
@@ -217,104 +193,15 @@ class Claims:
             out[new] = self._opened(code, rows[pick], keys[pick])[inverse]
         return out
 
-    # ---- terms over leaves
-    def _sync(self) -> None:
-        """The arrays of shapes cover all identifiers, and constants are shapes of their own."""
-        store, n = self.store, self.store.n
-        if n > len(self._shape):
-            old, room = len(self._shape), max(n, 2 * len(self._shape))
-            self._shape, self._at, self._stubborn = grow(self._shape, room), grow(self._at, room), grow(self._stubborn, room)
-            self._shape[old:], self._stubborn[old:] = LEAF, False
-        if len(store.constants) > self._constants:
-            for i, q in list(store.constants.items())[self._constants:]:
-                if abs(q.numerator) < SIMPLE and q.denominator < SIMPLE:
-                    self._shape[i] = self.shapes.constant(q)
-            self._constants = len(store.constants)
-
-    def _write_out(self, code: int, rows: np.ndarray, ids: np.ndarray) -> None:
-        """Remember the terms of open nodes. Those that are too large stay leaves; so do maxima (what is subtracted before exp is
-        shared by many), and functions that may be undefined: an obligation takes every uninterpreted function for total."""
-        kind, attr = self.store.ops[code][0]
-        if kind == "max" or kind == "uf" and not is_total(attr):
-            return
-        try:
-            groups = self.expand(code, rows, INLINE)
-        except TooLarge:
-            return
-        self._sync()
-        for g in groups:
-            if self.shapes.depth[g.shape] > NESTING:
-                continue
-            width, to = g.leaves.shape[1], ids[g.index]
-            need = self._used + g.leaves.size
-            if need > len(self._pool):
-                self._pool = grow(self._pool, max(need, 2 * len(self._pool)))
-            self._pool[self._used:need] = g.leaves.reshape(-1)
-            self._shape[to] = g.shape
-            self._at[to] = self._used + np.arange(len(to)) * width
-            self._used = need
-
-    def expand(self, code: int, rows: np.ndarray, limit: int) -> list[Group]:
-        """The terms of rows, open operands written out. Raises TooLarge."""
-        self._sync()
-        (kind, attr), _ = self.store.ops[code]
-        operands = self.store.operands(code, rows)
-        attr = None if kind == "dot" else attr
-        shapes = self._shape[operands]
-        if not shapes.any():
-            shape = self.shapes.intern(kind, attr, (LEAF,) * operands.shape[1])
-            self._check(shape, limit)
-            return [Group(shape, np.arange(len(rows)), operands)]
-        first, inverse = distinct(shapes.astype(I64))
-        out = []
-        for g, i in enumerate(first):
-            index = np.flatnonzero(inverse == g)
-            shape = self.shapes.intern(kind, attr, tuple(shapes[i].tolist()))
-            self._check(shape, limit)
-            out.append(Group(shape, index, self._leaves(operands[index], shapes[i])))
-        return out
-
-    def _check(self, shape: int, limit: int) -> None:
-        if self.shapes.leaves[shape] > limit or self.shapes.depth[shape] > DEEPEST:
-            raise TooLarge(f"{self.shapes.leaves[shape]} leaves, {self.shapes.depth[shape]} operations deep")
-
-    def _leaves(self, operands: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-        """Leaves of rows whose operands have these shapes."""
-        columns = []
-        for j, shape in enumerate(shapes.tolist()):
-            column, width = operands[:, j], self.shapes.leaves[shape]
-            if shape == LEAF:
-                columns.append(column[:, None])
-            elif width:
-                columns.append(self._pool[self._at[column][:, None] + np.arange(width)])
-        return np.concatenate(columns, 1) if columns else np.zeros((len(operands), 0), I64)
-
-    def _definitions(self, ids: np.ndarray, limit: int) -> list[Group]:
-        """The terms that define identifiers, one operation deep (open operands written out); what has no definition stays a leaf."""
-        codes = self.store.code[ids]
-        out = []
-        for code in np.unique(codes).tolist():
-            index = np.flatnonzero(codes == code)
-            if not code:                      # rational numbers, and leaves for good: symbols, numbers without a rational shape
-                shapes = self._shape[ids[index]]
-                for s in np.unique(shapes).tolist():
-                    at = index[shapes == s]
-                    out.append(Group(s, at, ids[at, None] if s == LEAF else np.zeros((len(at), 0), I64)))
-                continue
-            rows = self.store.definition(ids[index], code)
-            out += [Group(g.shape, index[g.index], g.leaves) for g in self.expand(code, rows, limit)]
-        return out
-
     # ---- proving
     def claim(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction) -> np.ndarray:
         """Which rows are proved to be c times the identifiers reps."""
         self.counts["claims"] += len(rows)
         ok, before = np.zeros(len(rows), bool), self._effort
-        self._sync()
         reps = np.where((reps >= 0) & (reps < self.store.n), reps, GARBAGE)      # a guess may be anything
         is_sum = self.store.ops[code][0][0] == "add" and rows.shape[1] <= SHARES
         if is_sum:
-            self._sums_of_shares(rows, reps, c, ok, ((self._shape[rows] == LEAF) & self.store.is_open[rows]).any(1))     # too large to be written out
+            self._sums_of_shares(rows, reps, c, ok, (self._written.is_leaf(rows) & self.store.is_open[rows]).any(1))     # too large to be written out
         self._by_terms(code, rows, reps, c, ok)
         if is_sum:
             self._sums_of_shares(rows, reps, c, ok, self.store.is_open[rows].any(1))
@@ -343,8 +230,7 @@ class Claims:
 
     def _by_terms(self, code: int, rows: np.ndarray, reps: np.ndarray, c: Fraction, ok: np.ndarray) -> None:
         """Prove what is left of the claims rows = c * reps by obligations over leaves."""
-        self._sync()
-        simple = self.store.is_constant[reps] & (self._shape[reps] != LEAF)
+        simple = self.store.is_constant[reps] & ~self._written.is_leaf(reps)
         defined = np.flatnonzero((self.store.code[reps] > 0) | simple)
         for limit, self._short_first in LADDER:
             left = defined[~ok[defined]]
@@ -352,9 +238,9 @@ class Claims:
                 break
             try:
                 self._too_large = False
-                right, below = self.expand(code, rows[left], limit), self._definitions(reps[left], limit)
-                for ref, par, pick in _pairs(below, right, len(left)):
-                    for a, b, at in _whole_leaves(ref, par, reps[left[pick]]):
+                right, below = self._written.expand(code, rows[left], limit), self._written.definitions(reps[left], limit)
+                for ref, par, pick in pairs(below, right, len(left)):
+                    for a, b, at in whole_leaves(ref, par, reps[left[pick]]):
                         ok[left[pick[at]]] = self._settle(a, b, c, limit, 0)
             except TooLarge:
                 self._too_large = True
@@ -434,7 +320,7 @@ class Claims:
         t = self._template(key)
         self._effort += rows.size // 64
         named = canonical_rows(t, rows)
-        partial = self.shapes.partial[key[0]] or self.shapes.partial[key[1]]
+        partial = self._written.shapes.partial[key[0]] or self._written.shapes.partial[key[1]]
         names = np.concatenate([named.names, self.store.sign[named.rows]], 1) if partial else named.names
         first, kind = distinct(names)
         width = rows.shape[1]
@@ -457,10 +343,10 @@ class Claims:
         if key not in self._templates:
             ref, par, c = key
             terms, positions = Terms(), count()
-            lhs = self.shapes.term(terms, ref, positions)
+            lhs = self._written.shapes.term(terms, ref, positions)
             if c != 1:
                 lhs = terms.add("scl", c, (lhs,))
-            rhs = self.shapes.term(terms, par, positions)
+            rhs = self._written.shapes.term(terms, par, positions)
             self._templates[key] = template(terms.obligation(lhs, rhs))
             self._effort += len(terms.nodes)
         return self._templates[key]
@@ -482,7 +368,7 @@ class Claims:
         return self._verdicts[at]
 
     def _fail(self, key, reason: str, rows: int, obligation: Obligation | None) -> None:
-        self.failures.append(Failure(self.store.now, self.store.parallel, self.shapes.nodes[key[1]][0], reason, rows, obligation))
+        self.failures.append(Failure(self.store.now, self.store.parallel, self._written.shapes.nodes[key[1]][0], reason, rows, obligation))
 
     # ---- unfolding (which leaves: only a matter of success)
     def _unfold(self, key, rows: np.ndarray, names: np.ndarray, split: int, limit: int, depth: int, obligation) -> tuple[np.ndarray, np.ndarray]:
@@ -498,7 +384,7 @@ class Claims:
         if depth >= DEPTH:
             self._fail(key, "depth", len(rows), obligation)
             return nowhere, none
-        chosen = self._choice(rows[0], names, split)
+        chosen = self._choice.among(rows[0], names, split, self._short_first)
         if not chosen:
             self._fail(key, "not equal", len(rows), obligation)
             return nowhere, none
@@ -512,122 +398,15 @@ class Claims:
         """Which rows are proved with the definitions of the identifiers at some positions."""
         ok = np.zeros(len(rows), bool)
         try:
-            ref = self._unfolded(key[0], rows[:, :split], hit[hit < split], limit)
-            par = self._unfolded(key[1], rows[:, split:], hit[hit >= split] - split, limit)
+            ref = self._written.unfolded(key[0], rows[:, :split], hit[hit < split], limit)
+            par = self._written.unfolded(key[1], rows[:, split:], hit[hit >= split] - split, limit)
         except TooLarge:
             self._too_large = True
             self._fail(key, "size", len(rows), obligation)
             return ok
-        for a, b, pick in _pairs(ref, par, len(rows)):
+        for a, b, pick in pairs(ref, par, len(rows)):
             ok[pick] = self._settle(a, b, key[2], limit, depth + 1)
         return ok
-
-    def _choice(self, ids: np.ndarray, names: np.ndarray, split: int) -> set[int]:
-        """Names of the newest leaf that one side alone has (or whose definition comes to such a leaf soon), and of all that are made like it.
-
-        If both sides have the same: of the newest whose definition comes to another leaf, for only such leaves depend on each other. What a
-        maximum is of seldom matters (it is subtracted before exp): those come last.
-        """
-        store = self.store
-        by_name = dict(zip(names.tolist(), ids.tolist()))
-        left, right = set(names[:split].tolist()), set(names[split:].tolist())
-        every = {n for n, i in by_name.items() if store.code[i] > 0 and not self._stubborn[i]}
-        open_ = {n for n in every if store.ops[store.code[by_name[n]]][0][0] != "max"}
-        alone = left ^ right
-        candidates = open_ & alone
-        if candidates:
-            strangers = {by_name[n] for n in alone}
-            across = [(candidates & own, {by_name[n] for n in alone & other}) for own, other in ((left, right), (right, left))]
-            joining = {n for mine, theirs in across for n in mine if self._mentions(by_name[n], theirs, 4)}
-            reach = 1 if joining else 2
-            both = {n for n in open_ & left & right if (reach > 1 or self._is_short(by_name[n])) and self._mentions(by_name[n], strangers, reach)}
-            candidates = (joining or candidates) | both
-        else:
-            leaves = set(by_name.values())
-            candidates = {n for n in open_ if self._mentions(by_name[n], leaves, 4)} or open_ or every
-        if self._short_first:
-            candidates = {n for n in candidates if self._is_short(by_name[n])} or candidates
-        if not candidates:
-            return set()
-        newest = self._made(by_name[max(candidates, key=by_name.__getitem__)])
-        return {n for n in candidates if self._made(by_name[n]) == newest}
-
-    def _is_short(self, i: int) -> bool:
-        return len(self._operands(i)) <= SHORT
-
-    def _made(self, i: int) -> tuple:
-        """The call and the operation that made an identifier; of a short operation also what its operands are, since one call can make scores
-        and probabilities, both of them products."""
-        store, operands = self.store, self._operands(i)
-        return int(store.origin[i]), int(store.code[i]), sorted(store.code[operands].tolist()) if len(operands) <= SHORT else []
-
-    def _mentions(self, i: int, strangers: set[int], depth: int) -> bool:
-        """Whether one of some identifiers stands within so many definitions below i, as far as a short look finds."""
-        seen, layer = {i}, [i]
-        while depth and layer and len(seen) < LOOK:
-            below = {o for j in layer for o in self._operands(j)} - seen
-            if not strangers.isdisjoint(below):
-                return True
-            seen |= below
-            layer, depth = [o for o in below if self.store.code[o] > 0], depth - 1
-        return False
-
-    def _operands(self, i: int) -> list[int]:
-        if i not in self._below:
-            code = int(self.store.code[i])
-            self._below[i] = self.store.operands(code, self.store.definition(np.array([i]), code))[0].tolist()
-        return self._below[i]
-
-    def _unfolded(self, shape: int, leaves: np.ndarray, positions: np.ndarray, limit: int) -> list[Group]:
-        """Rows of one shape with the leaves at these positions replaced by their definitions."""
-        n = len(leaves)
-        if not positions.size:
-            return [Group(shape, np.arange(n), leaves)]
-        found, codes = [], np.zeros((n, len(positions)), I64)
-        for j, p in enumerate(positions.tolist()):
-            groups = self._definitions(leaves[:, p], limit)
-            place = np.zeros(n, I64)
-            for k, g in enumerate(groups):
-                codes[g.index, j], place[g.index] = k, np.arange(len(g.index))
-            found.append((p, groups, place))
-        first, kind = distinct(codes)
-        out = []
-        for k, i in enumerate(first):
-            index = np.flatnonzero(kind == k)
-            used = [(p, groups[codes[i, j]], place[index]) for j, (p, groups, place) in enumerate(found)]
-            new = self.shapes.replace(shape, {p: g.shape for p, g, _ in used})
-            self._check(new, limit)
-            columns, last = [], 0
-            for p, g, place in used:
-                columns += [leaves[index, last:p], g.leaves[place]]
-                last = p + 1
-            out.append(Group(new, index, np.concatenate([*columns, leaves[index, last:]], 1)))
-        return out
-
-
-def _pairs(ref: list[Group], par: list[Group], n: int) -> Iterable[tuple[Group, Group, np.ndarray]]:
-    """Groups of both sides over the same n rows, cut to what they have in common: (ref, par, row numbers)."""
-    for a in ref:
-        for b in par:
-            if len(a.index) == n and len(b.index) == n:
-                yield a, b, a.index
-                continue
-            common, i, j = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
-            if len(common):
-                yield Group(a.shape, common, a.leaves[i]), Group(b.shape, common, b.leaves[j]), common
-
-
-def _whole_leaves(ref: Group, par: Group, reps: np.ndarray) -> Iterable[tuple[Group, Group, np.ndarray]]:
-    """Where the other side mentions the identifier itself, it is a leaf instead of its definition."""
-    itself = (par.leaves == reps[:, None]).any(1)
-    if not itself.any():
-        yield ref, par, np.arange(len(reps))
-        return
-    for at, whole in ((np.flatnonzero(itself), True), (np.flatnonzero(~itself), False)):
-        if len(at):
-            left = Group(LEAF, at, reps[at, None]) if whole else Group(ref.shape, at, ref.leaves[at])
-            yield left, Group(par.shape, at, par.leaves[at]), at
-
 
 def _with_signs(obligation: Obligation, names: np.ndarray, signs: np.ndarray) -> Obligation:
     """The obligation for leaves of which signs are known."""

@@ -14,7 +14,7 @@ import torch
 from trainverify.algebra.base import Complex
 from trainverify.algebra.terms import Terms
 from trainverify.kernel.store import ZERO_ID
-from trainverify.kernel.terms import NEGATIVE, POSITIVE, ZERO
+from trainverify.kernel.terms import NEGATIVE, POSITIVE
 from trainverify.relate.decisions import CHOOSES, Idle
 from trainverify.replay.machine import Decision
 from trainverify.replay.run import World

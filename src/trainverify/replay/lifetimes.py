@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 
-from trainverify.ir.trace import Name, OpCall, Trace, inputs
+from trainverify.ir.trace import RESIZE, Trace, references, resized
 
 
 def last_uses(trace: Trace) -> dict[int, tuple[int, ...]]:
@@ -12,7 +11,7 @@ def last_uses(trace: Trace) -> dict[int, tuple[int, ...]]:
     last: dict[int, int] = {}
     awaited: dict[int, tuple[int, ...]] = {}
     for i, call in enumerate(trace.ops):
-        used = tuple(_storages(call))
+        used = (resized(call),) if call.name == RESIZE else tuple([ref.storage for ref in references(call)])
         if call.collective is not None and call.collective.work is not None:
             awaited[call.collective.work] = used
         elif call.name == "tv.wait":
@@ -23,16 +22,3 @@ def last_uses(trace: Trace) -> dict[int, tuple[int, ...]]:
     for sid, i in last.items():
         ends[i].append(sid)
     return {i: tuple(sids) for i, sids in ends.items()}
-
-
-def _storages(call: OpCall) -> Iterator[int]:
-    for ref in inputs(call):
-        yield ref.storage
-    for ref in call.targets():
-        yield ref.storage
-    if call.collective is not None:
-        for ref in (*call.collective.inputs, *call.collective.outputs):
-            yield ref.storage
-    if call.name == "tv.resize":
-        storage = call.args[0]
-        yield int(storage.value) if isinstance(storage, Name) else int(storage)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from trainverify.algebra.base import Algebra
-from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, Sequence, TensorRef
+from trainverify.ir.trace import OpCall, Program, ScalarRef, Sequence, TensorRef, resized
 from trainverify.ops.access import reads
 from trainverify.ops.table import OpTable
 from trainverify.replay.collectives import Tensors, deliver, message
 from trainverify.replay.errors import ReplayError
-from trainverify.replay.machine import Decision, Hooks, Machine, Recorded
+from trainverify.replay.machine import Hooks, Machine, Recorded
 from trainverify.replay.memory import is_float
 
 NATIVE = Tensors()
@@ -248,8 +248,7 @@ class World:
         return True
 
     def _resize(self, machine: Machine, call: OpCall) -> bool:
-        storage, nbytes = call.args
-        sid = int(storage.value) if isinstance(storage, Name) else int(storage)
+        sid, nbytes = resized(call), call.args[1]
         machine.native.resize(sid, nbytes)
         for mem in machine.memory.values():
             if sid in mem.cells:

@@ -11,7 +11,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from trainverify.ir.trace import Collective, OpCall, Program, ScalarRef, Trace
+from trainverify.ir.trace import RESIZE, Collective, OpCall, Program, ScalarRef, Trace, references, resized
 from trainverify.ops.access import reads
 from trainverify.ops.table import OpTable
 from trainverify.replay.collectives import deliver
@@ -21,7 +21,7 @@ from trainverify.replay.native import NativeMemory, dtype_of, extent
 from trainverify.replay.run import NATIVE, World, replay
 from trainverify.shrink.classes import refusal
 from trainverify.shrink.flow import meeting
-from trainverify.shrink.repeat import Forms, references
+from trainverify.shrink.repeat import Forms
 
 SCALARS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "floordiv": operator.floordiv, "mod": operator.mod,
            "pow": operator.pow, "neg": operator.neg, "pos": operator.pos, "abs": abs, "min": min, "max": max, "float": float}
@@ -158,8 +158,8 @@ def _needed(trace: Trace, met: set[tuple]) -> list[int]:
                 works.add(c.work)
             continue
         written = [r.storage for r in call.targets()] if not call.name.startswith("tv.") or call.name == "tv.symbol" else ()
-        resized = call.name == "tv.resize" and int(getattr(call.args[0], "value", call.args[0])) in storages       # others are not there
-        if isinstance(call.outs, ScalarRef) or resized or (written and not storages.isdisjoint(written)):
+        moved = call.name == RESIZE and resized(call) in storages      # others are not there
+        if isinstance(call.outs, ScalarRef) or moved or (written and not storages.isdisjoint(written)):
             found.append(k)
             storages.update([r.storage for r in reads(call)])
             storages.update(written)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainverify.diagnostics import Diagnostic, Fault
-from trainverify.ir.trace import Collective, OpCall, Program, TensorRef
+from trainverify.ir.trace import Collective, OpCall, Program, TensorRef, references
 from trainverify.ops.access import reads
 from trainverify.ops.table import OpTable
-from trainverify.shrink.facts import Facts, Notes, Undecoded
+from trainverify.shrink.facts import Facts, Notes, Undecoded, base
 from trainverify.shrink.layout import Layout
-from trainverify.shrink.repeat import Forms, Repeats, is_float, references
-from trainverify.shrink.rules import base, find
+from trainverify.shrink.repeat import Forms, Repeats, is_float
+from trainverify.shrink.rules import find
 from trainverify.shrink.spaces import ONE, Conflict, Spaces
 
 Where = tuple[str, int]

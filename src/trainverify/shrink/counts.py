@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from trainverify.ir.trace import Arg, OpCall, Sequence, TensorRef
-from trainverify.shrink.rules import base
+from trainverify.shrink.facts import base
 
 Emit = Callable[[OpCall], None]
 

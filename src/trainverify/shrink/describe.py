@@ -9,7 +9,7 @@ from trainverify.kernel.terms import Obligation
 from trainverify.report.model import DimClass, Reduction
 from trainverify.shrink.classes import Classes
 from trainverify.shrink.criterion import sums
-from trainverify.shrink.rules import base
+from trainverify.shrink.facts import base
 from trainverify.shrink.solve import atoms_of
 from trainverify.shrink.spaces import ONE, PRODUCT, Kept
 

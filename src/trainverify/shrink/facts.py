@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from trainverify.diagnostics import Span
-from trainverify.ir.trace import Arg, OpCall, TensorRef
+from trainverify.ir.trace import Arg, OpCall, TensorRef, references
 from trainverify.ir.trace import Sequence as Listed
 from trainverify.shrink.layout import Layout
-from trainverify.shrink.repeat import references
 from trainverify.shrink.spaces import Conflict, Spaces
 
 
@@ -119,6 +118,13 @@ class Facts:
 
     def domain(self, ref: TensorRef, space: int) -> None:
         self.notes.domains.append(Domain(self.layout.where, ref, space, self.span, self.call))
+
+
+def base(name: str) -> str:
+    """"add" of "aten.add_.Tensor"; other namespaces keep theirs."""
+    ns, op = name.split(".")[:2]
+    op = op[:-1] if op.endswith("_") and not op.endswith("__") else op
+    return op if ns == "aten" else f"{ns}.{op}"
 
 
 def refs(a: Arg) -> list[TensorRef | None]:

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from trainverify.ir.trace import Name, OpCall, Program, ScalarRef, TensorRef, Trace, inputs
+from trainverify.ir.trace import RESIZE, OpCall, Program, ScalarRef, TensorRef, Trace, inputs, references, resized
 from trainverify.ops.access import reads
 from trainverify.replay.machine import Hooks, Machine
 from trainverify.replay.run import replay
 from trainverify.shrink.check import SCALARS, scalar_value
 from trainverify.shrink.classes import Classes, refusal
-from trainverify.shrink.facts import Domain
+from trainverify.shrink.facts import Domain, base
 from trainverify.shrink.flow import TAINTED, Rank, flows, meeting
-from trainverify.shrink.repeat import is_float, references, scalars
-from trainverify.shrink.rules import base
+from trainverify.shrink.repeat import is_float, scalars
 from trainverify.shrink.spaces import PICK, PRODUCT, Kept, Spaces
 
 MOVES = {"clone", "copy", "_to_copy", "cat", "stack", "alias", "detach", "contiguous", "split_with_sizes_copy", "constant_pad_nd", "repeat"}
@@ -248,8 +247,8 @@ class Integers:
                 if c.work is not None:
                     works.add(c.work)
                 continue
-            if call.name == "tv.resize":
-                if _resized(call) in storages:
+            if call.name == RESIZE:
+                if resized(call) in storages:
                     needed.add(k)
                 continue
             if numbers and isinstance(call.outs, ScalarRef) and call.outs.id in numbers:
@@ -349,11 +348,6 @@ class Watcher:
 def _ignored(call: OpCall) -> int | None:
     """The label of a loss that is no index."""
     return call.args[SAME_ELSEWHERE[base(call.name)]] if base(call.name) in SAME_ELSEWHERE else None
-
-
-def _resized(call: OpCall) -> int:
-    storage = call.args[0]
-    return int(storage.value) if isinstance(storage, Name) else int(storage)
 
 
 def places(kept: Kept, domain: Domain | None, t: torch.Tensor) -> torch.Tensor:

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainverify.ir.trace import OpCall, Program, Sequence, TensorRef
+from trainverify.ir.trace import OpCall, Program, Sequence, TensorRef, references
 from trainverify.ops.table import OpTable
 from trainverify.replay.machine import Hooks, Machine
 from trainverify.replay.run import replay
 from trainverify.shrink.classes import Classes, Where
+from trainverify.shrink.facts import base
 from trainverify.shrink.flow import flows
 from trainverify.shrink.integers import LOOK, Full, Integers, Wanted
-from trainverify.shrink.repeat import is_float, references
-from trainverify.shrink.rules import CHOICES, base
+from trainverify.shrink.repeat import is_float
+from trainverify.shrink.rules import CHOICES
 
 TAKEN = {"index": 1, "_unsafe_index": 1, "index_put": 1, "_index_put_impl": 1, "_unsafe_index_put": 1, "index_select": 2, "index_add": 2}
 CUT = {"_grouped_mm": 2}

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainverify.diagnostics import Span
-from trainverify.ir.trace import OpCall, Program, TensorRef
+from trainverify.ir.trace import OpCall, Program, TensorRef, references
 from trainverify.ops.access import reads
-from trainverify.shrink.repeat import Repeats, item, references
+from trainverify.shrink.repeat import Repeats, item
 from trainverify.shrink.spaces import Kept, Spaces
 
 

@@ -9,12 +9,12 @@ more indices than necessary. A call whose form and storages (up to that) were se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from trainverify.diagnostics import Span
-from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, inputs, tensors
+from trainverify.ir.trace import Arg, Name, OpCall, ScalarRef, Sequence, TensorRef, Trace, references, scalar_ids
 from trainverify.ops.access import reads
 
 WINDOW = 12                                   # calls that must be alike in a row, for stretches to be laid upon each other
@@ -33,16 +33,6 @@ def item(dtype: str) -> int:
 
 def is_float(ref: TensorRef) -> bool:
     return ref.dtype.startswith(FLOATS)
-
-
-def references(call: OpCall) -> Iterator[TensorRef]:
-    """All that a call reads and writes."""
-    yield from inputs(call)
-    yield from tensors(call.outs)
-    yield from call.writes
-    if call.collective is not None:
-        yield from call.collective.inputs
-        yield from call.collective.outputs
 
 
 @dataclass(eq=False)
@@ -94,20 +84,12 @@ class Form:
     @cached_property
     def has_scalars(self) -> bool:
         """Anywhere: in lists, among keyword arguments, as a result."""
-        return self.takes_scalars or any(True for _ in _scalars((self.call.outs,)))
+        return self.takes_scalars or any(True for _ in scalar_ids((self.call.outs,)))
 
 
 def scalars(call: OpCall) -> Iterator[int]:
     """Numbers of the tracked scalars that a call takes, also in lists and by name."""
-    return _scalars((*call.args, *call.kwargs.values()))
-
-
-def _scalars(given: Iterable[Arg]) -> Iterator[int]:
-    for a in given:
-        if isinstance(a, ScalarRef):
-            yield a.id
-        elif isinstance(a, Sequence):
-            yield from _scalars(a.items)
+    return scalar_ids((*call.args, *call.kwargs.values()))
 
 
 class Forms:

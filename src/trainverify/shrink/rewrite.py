@@ -10,13 +10,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from trainverify.ir.trace import Arg, Collective, Name, OpCall, Sequence, Storage, TensorRef, Trace, tensors
+from trainverify.ir.trace import RESIZE, Arg, Collective, Name, OpCall, Sequence, Storage, TensorRef, Trace, references, resized, tensors
 from trainverify.shrink.classes import Classes, is_integer_only, refusal, row_pieces
 from trainverify.shrink.counts import Written, _with
+from trainverify.shrink.facts import base
 from trainverify.shrink.integers import MOVES, SAME_ELSEWHERE, VALUELESS, Full, Values, places
 from trainverify.shrink.layout import Layout
-from trainverify.shrink.repeat import is_float, item, references
-from trainverify.shrink.rules import base, stepped
+from trainverify.shrink.repeat import is_float, item
+from trainverify.shrink.rules import stepped
 from trainverify.shrink.spaces import Kept
 from trainverify.shrink.templates import Template
 
@@ -93,7 +94,7 @@ class Rewriter:
                       writes=tuple(self.ref(w) for w in call.writes))
         if call.collective is not None:
             return self._add(_with(after, collective=self._collective(call.collective)))
-        if call.name == "tv.resize":
+        if call.name == RESIZE:
             return self._add(self._resized(call))
         if call.name.startswith("tv."):
             return self._add(after)
@@ -150,8 +151,7 @@ class Rewriter:
                         kwargs={"dtype": Name("dtype", ref.dtype)}, outs=after.outs, writes=()))
 
     def _resized(self, call: OpCall) -> OpCall:
-        storage, nbytes = call.args
-        sid = int(storage.value) if isinstance(storage, Name) else int(storage)
+        sid, (storage, nbytes) = resized(call), call.args
         full, small = self.layout.trace.storages[sid].nbytes, self.storages[sid].nbytes
         if nbytes not in (0, full) and full != small:
             raise refusal("SHAPE003", f"storage {sid} is resized to {nbytes} of {full} bytes", "verify without --reduce", self.layout.span(call))

@@ -130,7 +130,7 @@ MUTANTS = {
     "claims: unclean leaves": ("claims", "zeros of partial functions", "honest",
         "good = np.flatnonzero(self.store.clean[rows].all(1))",
         "good = np.arange(len(rows))"),
-    "claims: partial functions are written out": ("claims", "zeros of partial functions", "honest", 'kind == "uf" and not is_total(attr)', "False"),
+    "written: partial functions are written out": ("written", "zeros of partial functions", "honest", 'kind == "uf" and not is_total(attr)', "False"),
     "claims: one unfolded row settles all": ("claims", "differences", "rolled", "key[2], limit, depth + 1)", "key[2], limit, depth + 1).any()"),
     "claims: unfolding forgets the factor": ("claims", "differences", "rolled", "key[2], limit, depth + 1)", "Fraction(1), limit, depth + 1)"),
     "claims: verdicts are known by shape": ("claims", "differences", "rolled",
@@ -164,7 +164,7 @@ def mutated(what: str) -> Parts:
     source = inspect.getsource(changed)
     assert source.count(old) == 1, f"the source changed: {old!r} occurs {source.count(old)} times"
     made: dict[str, types.ModuleType] = {}
-    for name in ("patterns", "rename", "shapes", "store", "sums", "claims", "elements"):
+    for name in ("patterns", "rename", "shapes", "store", "sums", "written", "claims", "elements"):
         text = source.replace(old, new) if name == module else inspect.getsource(importlib.import_module(KERNEL + name))
         made[name] = loaded(KERNEL + name, text, {KERNEL + k: m for k, m in made.items()})
     made["store"].Store._attrs = {}           # for the mutant that takes the first attribute of a kind for that of all
