@@ -25,6 +25,7 @@ from torchtitan.models.qwen3.model import Qwen3Model
 from examples.models.titan_parts import LENGTH, VOCAB, RowsAtHand, tiny_trainer
 
 ROWS, DIM, HEADS, KV_HEADS, HIDDEN = 6, 24, 4, 2, 20
+LAYERS = dict(n_layers=2, dim=DIM, n_heads=HEADS, n_kv_heads=KV_HEADS, fuse_qkv=True, attn_backend="varlen")
 
 
 class RandomTokens(RowsAtHand):
@@ -54,30 +55,26 @@ def trainer_of(spec):
         checkpoint=CheckpointManager.Config(enable=True, interval=1000), activation_checkpoint=None)
 
 
-def tiny_llama3():
-    spec = model_registry("debugmodel", attn_backend="varlen")
-    spec.model = Llama3Model.Config(
-        dim=DIM, vocab_size=VOCAB,
+def sized(config, layers):
+    """A model's configuration at the sizes above."""
+    return config(
+        dim=DIM, vocab_size=VOCAB, layers=layers,
         tok_embeddings=Embedding.Config(num_embeddings=VOCAB, embedding_dim=DIM, param_init=_EMBEDDING_INIT),
         norm=RMSNorm.Config(normalized_shape=DIM, param_init=_NORM_INIT),
-        lm_head=Linear.Config(in_features=DIM, out_features=VOCAB, param_init=_output_linear_init(DIM)),
-        layers=_build_llama3_layers(
-            fuse_qkv=True, n_layers=2, dim=DIM, n_heads=HEADS, n_kv_heads=KV_HEADS, hidden_dim=HIDDEN,
-            attn_backend="varlen",
-            rope=ComplexRoPE.Config(dim=DIM // HEADS, max_seq_len=LENGTH, theta=500000, scaling="llama")))
+        lm_head=Linear.Config(in_features=DIM, out_features=VOCAB, param_init=_output_linear_init(DIM)))
+
+
+def tiny_llama3():
+    spec = model_registry("debugmodel", attn_backend="varlen")
+    rope = ComplexRoPE.Config(dim=DIM // HEADS, max_seq_len=LENGTH, theta=500000, scaling="llama")
+    spec.model = sized(Llama3Model.Config, _build_llama3_layers(hidden_dim=HIDDEN, rope=rope, **LAYERS))
     return trainer_of(spec)
 
 
 def tiny_qwen3_moe():
     """Qwen3's mixture of experts, for all kinds of parallelism in one run: two of four experts see each token."""
     spec = qwen3("debugmodel_moe", attn_backend="varlen")
-    spec.model = Qwen3Model.Config(
-        dim=DIM, vocab_size=VOCAB,
-        tok_embeddings=Embedding.Config(num_embeddings=VOCAB, embedding_dim=DIM, param_init=_EMBEDDING_INIT),
-        norm=RMSNorm.Config(normalized_shape=DIM, param_init=_NORM_INIT),
-        lm_head=Linear.Config(in_features=DIM, out_features=VOCAB, param_init=_output_linear_init(DIM)),
-        layers=_build_qwen3_moe_layers(
-            fuse_qkv=True, n_layers=2, dim=DIM, n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=DIM // HEADS, moe_hidden_dim=16,
-            num_experts=4, top_k=2, attn_backend="varlen", moe_comm_backend="standard",
-            rope=CosSinRoPE.Config(dim=DIM // HEADS, max_seq_len=LENGTH, theta=1000000.0)))
+    rope = CosSinRoPE.Config(dim=DIM // HEADS, max_seq_len=LENGTH, theta=1000000.0)
+    spec.model = sized(Qwen3Model.Config, _build_qwen3_moe_layers(
+        head_dim=DIM // HEADS, moe_hidden_dim=16, num_experts=4, top_k=2, moe_comm_backend="standard", rope=rope, **LAYERS))
     return trainer_of(spec)

@@ -67,11 +67,11 @@ def judge(first, second, diagnostics: list[Diagnostic], proof: Proof) -> list[Ju
     return out
 
 
-def agrees(piece: Piece) -> bool:
-    """Whether float64 has the same on both sides at the recorded inputs, up to what rounding of constants explains."""
+def agrees(piece: Piece, within: float = ROUNDED) -> bool:
+    """Whether float64 has the same on both sides at the recorded inputs, up to a part of the largest number: what rounding of constants explains."""
     a, b = piece.reference["real"].t.reshape(-1), piece.parallel["real"].t.reshape(-1)
     scale = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
-    return bool(((a == b) | ((a - b).abs() <= ROUNDED * scale)).all())
+    return bool(((a == b) | ((a - b).abs() <= within * scale)).all())
 
 
 def at_other_inputs(judgements: list[Judgement], first, diagnostics: list[Diagnostic], find: Callable) -> list[Judgement]:

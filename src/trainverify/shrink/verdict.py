@@ -11,19 +11,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from trainverify.algebra.real import Real
 from trainverify.diagnostics import Diagnostic
-from trainverify.engine.analysis import replay_both
 from trainverify.engine.build import overall
+from trainverify.engine.passes import replay_both
 from trainverify.engine.verdict import EXACT, ROUNDED, agrees
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
-from trainverify.relate.compare import Comparison, Key, Piece
-from trainverify.relate.symbols import Binder, Symbols
-from trainverify.replay.errors import ReplayError
-from trainverify.replay.machine import Hooks
-from trainverify.replay.run import replay
+from trainverify.relate.compare import Key
+from trainverify.relate.symbols import Symbols
 from trainverify.report.model import Assumption, Phase, Report
 from trainverify.shrink.describe import criterion, describe
 from trainverify.shrink.integers import VALUELESS
@@ -140,22 +136,9 @@ def _differing(reference: Program, parallel: Program, table: OpTable, progress: 
     traces = [*reference.traces, *parallel.traces]
     if any(VALUELESS in t.meta.items() for t in traces) or sum(s.nbytes for t in traces for s in t.storages) > REPLAYED:
         return None
-    symbols = Symbols(reference)
-    real, worlds = Real(symbols.real_values), []
-    try:
-        for side, program in (("reference", reference), ("parallel", parallel)):
-            binder = Binder(symbols, [real])
-            worlds.append(replay(program, [real], table, Hooks(symbol=binder.symbol, bind=binder.bind), lambda f, side=side: progress("replay", side, f)))
-    except (ReplayError, RuntimeError, LookupError):   # an operation without a meaning
-        return None
-    comparison = Comparison(symbols, [real], *worlds)
-    comparison.run()
-    threshold = ROUNDED if any(m.memory["real"].rounded for w in worlds for m in w.machines) else EXACT
-
-    def differs(piece: Piece) -> bool:
-        a, b = piece.reference["real"].t, piece.parallel["real"].t
-        return not bool(((a - b).abs() <= threshold * max(float(a.abs().max()), 1e-30)).all())
-    return {key for key, c in comparison.compared.items() if c.problems or c.missing or any(map(differs, c.pieces))}
+    done = replay_both(reference, parallel, table, Symbols(reference), None, progress)
+    within = ROUNDED if any(m.memory["real"].rounded for w in (done.reference, done.parallel) for m in w.machines) else EXACT
+    return {key for key, c in done.comparison.compared.items() if c.problems or c.missing or not all(agrees(p, within) for p in c.pieces)}
 
 
 def _restore(report: Report, blank: Report) -> None:

@@ -16,7 +16,7 @@ ALONGSIDE = {
     "api": {"diagnostics"},
     "kernel": {"diagnostics"},
     "certify": {"kernel", "diagnostics"},
-    "shrink": {"diagnostics", "report.model", "ir", "ops", "algebra.base", "algebra", "replay", "relate", "kernel", "engine"},
+    "shrink": {"diagnostics", "report.model", "ir", "ops", "algebra.base", "replay", "relate", "kernel", "engine"},
     "progress": set(), "processes": set(), "explain": set(), "optable": {"ops"},
     "cli": {*LAYERS, "arguments", "progress", "processes", "explain", "optable", "config", "cases", "certify"},
     "arguments": {"report", "adapters"},
