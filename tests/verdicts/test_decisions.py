@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from judge import assert_equal, assert_line, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, line_of, output, summary
-from pairs import ROWS, compare, compare_forward, sgd, update
+from pairs import ROWS, WIDTH, compare, compare_forward, sgd, update
 
 
 # -- comparisons inside tensors are no decisions: 0/1-valued, equal if their operands are
@@ -352,3 +352,35 @@ def test_a_choice_of_which_only_the_number_of_its_elements_is_used(count):
 
     assert_equal(compare_forward(lambda h: counted(h, h), lambda h: counted(h, h)))
     assert_unknown(compare_forward(lambda h: counted(h, h), lambda h: counted(h, h + 0.001 * h.flip(-1))), "REL008")
+
+
+# -- constants that stand among symbols
+
+def with_counts(threshold=1.0, count=3.0):
+    """The mean of groups that have rows, their sums and counts in one tensor, as programs gather them."""
+    def mean(h):
+        table = torch.cat([h.sum(0, keepdim=True), torch.full((1, WIDTH), count)])[:, :4]
+        groups = torch.cat([table, torch.cat([table[:1] * 0, table[1:] * 0])], 1)
+        counts = groups[1]
+        kept = counts >= threshold
+        return groups[0][kept].mul(10.0).sum() / counts[kept].to(torch.int32).sum()
+    return mean
+
+
+def test_counts_among_symbols_decide_nothing():
+    def plain(h):
+        return h.sum(0)[:4].mul(10.0).sum() / 12.0
+    assert_equal(compare_forward(plain, with_counts()))
+    assert_refuted(compare_forward(plain, with_counts(count=4.0)))
+
+
+def test_symbols_among_counts_decide():
+    def plain(h):
+        return h.sum(0)[:4].mul(10.0).sum() / 12.0
+
+    def by_symbols(h):
+        table = torch.cat([h.sum(0, keepdim=True), torch.full((1, WIDTH), 3.0)])[:, :4]
+        kept = table[1] + table[0].detach() > -100.0
+        return table[0][kept].mul(10.0).sum() / 12.0
+    report = compare_forward(plain, by_symbols)
+    assert_unknown(report, "REL008", line_of(by_symbols, "[kept]"))

@@ -19,6 +19,7 @@ from trainverify.algebra.primes import MOD, mix, pack_p
 from trainverify.algebra.real import COMPARISONS
 
 I64, F64 = torch.int64, torch.float64
+_SMALL = 1 << 16
 
 
 def one_number(m, a, b) -> tuple:
@@ -27,6 +28,14 @@ def one_number(m, a, b) -> tuple:
         return None, None
     number, x = (a, b) if m.is_const(a) else (b, a)
     return (number, x) if m.number_of(number).isfinite().all() else (None, None)
+
+
+def _small(d: FieldValue) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a difference is a small integer, and where it is a positive one: it does not depend on symbols (but for one coincidence in 2^45)."""
+    p = primes.MOD_P[d.res.dim() - 1]
+    x = torch.where(d.res[:2] > p // 2, d.res[:2] - p, d.res[:2])
+    known = (x[0] == x[1]) & (x[0].abs() <= _SMALL)
+    return known, known & (x[0] > 0)
 
 
 class Order:
@@ -159,6 +168,9 @@ class Order:
         if b.num is not None and a.flags & MAXED:
             print_ = self._without_floor(a, b, print_)
         atom = self._above(print_)
+        known, above = _small(d)
+        if known.any():                       # constants that stand among other elements (counts that were gathered with sums)
+            atom = torch.where(known, above.to(I64), atom)
         if a.num is not None and (a.num <= 0).any():           # a root or a distance is never below 0
             never = (a.num <= 0) & self._is_nonnegative(b)
             atom = atom.masked_fill(never.expand(atom.shape[1:]), 0)
@@ -182,7 +194,7 @@ class Order:
         d = self._operand_p(self._linear(self._operand_p(a), self._operand_p(b), torch.sub))
         x, y = pack_p(d.res), pack_p(self.neg(d).res)
         atom = primes.spread(mix(torch.minimum(x, y) ^ self._key("same")), self._keys, MOD)
-        return torch.where(x == 0, 1, atom)
+        return torch.where(_small(d)[0], (x == 0).to(I64), torch.where(x == 0, 1, atom))
 
     @staticmethod
     def _compare_garbage(a, b, shape) -> torch.Tensor | None:

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import msgspec
 import numpy as np
 import torch
 
 from trainverify.algebra.base import Complex
-from trainverify.diagnostics import Diagnostic
+from trainverify.diagnostics import Diagnostic, names_place
 from trainverify.ir.trace import OpCall, Sequence, TensorRef, inputs, tensors
 from trainverify.replay.machine import Decision, Machine
 from trainverify.replay.memory import is_float
@@ -38,7 +37,7 @@ def match_decisions(reference: World, parallel: World, field, real, accept: tupl
             span = machine.span(d.call)
             place = f"{span.file}:{span.line}" if span else ""
             prints = _prints(field, d)
-            strange = prints - known.get(d.kind, set()) - (constants if d.kind in ("mask", "cast") else set())
+            strange = prints - known.get(d.kind, set()) - (constants | _outcomes(field, d) if d.kind in ("mask", "cast") else set())
             if is_idle(machine, d):
                 continue
             if not strange:
@@ -152,15 +151,13 @@ def is_accepted(place: str, accept: tuple[str, ...]) -> bool:
     return bool(place) and any(names_place(a, place) for a in accept)
 
 
-def names_place(given: str, place: str) -> bool:
-    """Whether the user's FILE:LINE (absolute, relative to the working folder, or the end of a path) is this place."""
-    file, _, line = given.rpartition(":")
-    short = os.path.normpath(file)
-    return place in (f"{short}:{line}", f"{os.path.abspath(file)}:{line}") or place.endswith(f"/{short}:{line}")
-
-
 def words_of(kind: str) -> str:
     return {"topk": "top-k choice", "cast": "cast to integer", "mask": "choice by a mask"}.get(kind, kind.replace("compare:", "comparison "))
+
+
+def _outcomes(field, d: Decision) -> set[int]:
+    """What the numbers are that a cast gave: an integer that is cast is no choice, also where it stands among symbols."""
+    return set(field.fingerprint(field.data(d.outcome.to(torch.float64))).reshape(-1).tolist()) if isinstance(d.outcome, torch.Tensor) else set()
 
 
 def _prints(field, d: Decision) -> set[int]:
