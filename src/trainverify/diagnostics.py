@@ -1,6 +1,8 @@
 """Codes, source spans and diagnostics: what a user is told, as data (no torch, nothing trusted)."""
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 
@@ -18,6 +20,13 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
+
+
+def names_place(given: str, place: str) -> bool:
+    """Whether the user's FILE:LINE (absolute, relative to the working folder, or the end of a path) is this place, "file:line"."""
+    file, _, line = given.rpartition(":")
+    short = os.path.normpath(file)
+    return place in (f"{short}:{line}", f"{os.path.abspath(file)}:{line}") or place.endswith(f"/{short}:{line}")
 
 
 class Diagnostic(msgspec.Struct, frozen=True):

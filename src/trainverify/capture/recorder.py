@@ -26,8 +26,8 @@ from trainverify.capture.quiet import unseen
 from trainverify.capture.scalars import TrackedFloat
 from trainverify.capture.spans import Spans
 from trainverify.capture.unused import without_unused
-from trainverify.capture.userframes import is_user_file, names_place
-from trainverify.diagnostics import Diagnostic, Fault
+from trainverify.capture.userframes import is_user_file
+from trainverify.diagnostics import Diagnostic, Fault, names_place
 from trainverify.ir.trace import Arg, Name, Note, OpCall, ScalarRef, Sequence, TensorRef, Trace, tensors
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -378,7 +378,7 @@ class Recorder(TorchDispatchMode):
         """Python branches on tracked floats; the outcome, which at full size is false where the user accepts the place (a real number is finite)."""
         if self.floats is not None and not self._has_value(args):
             span = self.spans.span()
-            if span is None or not any(names_place(a, span.file, span.line) for a in self.accept):
+            if span is None or not any(names_place(a, str(span)) for a in self.accept):
                 raise Fault(meta.branch(op, span, self.rank))
             outcome = op == "isfinite"
             self.note("ASSUME", f"a branch on a float ({op}) counts as {str(outcome).lower()}: it has no value at full size, and the place is accepted")

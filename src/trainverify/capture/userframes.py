@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
 import sysconfig
 import traceback
@@ -81,12 +80,6 @@ def frames_of_exception(error: BaseException) -> tuple[Frame, ...]:
     found = tuple((f.filename, f.lineno or 0, f.name, f.line or "") for f in frames if is_user_file(f.filename))
     cause = error.__cause__ or error.__context__
     return found or (frames_of_exception(cause) if cause is not None else ())
-
-
-def names_place(given: str, file: str, line: int) -> bool:
-    """Whether the user's FILE:LINE (absolute, relative to the working folder, or the end of a path) is this place."""
-    path, _, number = given.rpartition(":")
-    return number == str(line) and (file == os.path.abspath(path) or file.endswith(f"/{os.path.normpath(path)}"))
 
 
 def frame_text(frame: Frame) -> str:
