@@ -109,6 +109,10 @@ def test_batch_norm(shape, training, affine, tracked):
     mean, var = (rnd(c, seed=3), rnd(c, seed=4).exp()) if tracked or not training else (None, None)
     _, center, rstd, *written = batch_norm_written(x, w, b, mean, var, training, momentum=0.3, eps=1e-3)
     assert len(written) == (2 if training and tracked else 0)
+    if mean is None:
+        check_row(aten._native_batch_norm_legit.no_stats, [x, w, b, True, 0.3, 1e-3])
+    else:
+        check_row(aten._native_batch_norm_legit.default, [x, w, b, mean, var, training, 0.3, 1e-3])
     for mask in ([True, affine, affine], [False, True, True] if affine else [True, False, False], [True, False, False]):
         check_row(aten.native_batch_norm_backward.default, [rnd(*shape, seed=5), x, w, mean, var, center, rstd, training, 1e-3, mask])
 

@@ -39,6 +39,7 @@ from trainverify.capture.scalars import ScalarMode
 from trainverify.capture.shim import cuda_shim
 from trainverify.capture.spec import Spec
 from trainverify.capture.symbols import Handed, Symbols, announce_batch
+from trainverify.capture.sync_batch_norm import sync_batch_norm
 from trainverify.capture.tags import Tagger
 from trainverify.capture.userframes import call_through
 from trainverify.capture.world import Rank, run_world
@@ -294,6 +295,7 @@ class Session:
             stack.enter_context(ring_attention(note))
             stack.enter_context(standins.noting(note))
             stack.enter_context(attention_kernels(note))
+            stack.enter_context(sync_batch_norm(note))
             if self.full_size:
                 stack.enter_context(meta.full_size())
             stack.enter_context(self.outputs)

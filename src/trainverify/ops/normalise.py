@@ -205,11 +205,19 @@ def batch_norm(m, input, weight, bias, running_mean, running_var, training, mome
     y = y if b is None else m.add(y, b)
     saved = tuple(ctx.native[1].shape)                      # nothing is saved outside training
     out = [y, *(m.reshape(v, saved) if math.prod(saved) else m.const(0, saved) for v in (center, rstd))]
-    if training and running_mean is not None:
+    if len(ctx.native) == 5 and not training:               # the op is told that it writes them
+        out += [lift(m, running_mean), lift(m, running_var)]
+    elif training and running_mean is not None:
         n = L.count(x.shape, dims)
         unbiased = m.div(m.scale(spread, n), m.const(n - 1))
         out += [_moved(m, old, m.reshape(new, saved), momentum) for old, new in ((running_mean, center), (running_var, unbiased))]
     return out
+
+
+@rows("aten._native_batch_norm_legit", source="torch.nn.functional.batch_norm", ctx=True)
+def batch_norm_legit(m, input, weight, bias, *rest, ctx):
+    """native_batch_norm, with running statistics or (no_stats) without"""
+    return batch_norm(m, input, weight, bias, *(rest if len(rest) == 5 else (None, None, *rest)), ctx=ctx)
 
 
 def _moved(m, old, new, momentum):
