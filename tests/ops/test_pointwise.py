@@ -26,7 +26,7 @@ OTHERS = ["addcmul", "addcdiv", "lerp", "clamp", "where", "masked_fill", "nan_to
 NN = ["nn.functional.relu", "nn.functional.silu", "nn.functional.leaky_relu", "nn.functional.hardtanh", "nn.functional.softplus",
       "nn.functional.elu", "nn.functional.mish", "nn.functional.logsigmoid", "nn.functional.gelu", "nn.functional.hardswish",
       "nn.functional.hardsigmoid", "nn.functional.glu", "nn.functional.threshold", "nn.functional.relu6", "nn.functional.selu",
-      "nn.functional.celu", "nn.functional.softsign", "nn.functional.tanhshrink"]
+      "nn.functional.celu", "nn.functional.softsign", "nn.functional.tanhshrink", "nn.functional.prelu", "nn.functional.softshrink", "nn.functional.hardshrink"]
 PREDICATES = {"isnan", "isinf", "isfinite", "logical_not", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor",
               "floor_divide"}
 

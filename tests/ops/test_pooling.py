@@ -20,6 +20,10 @@ def image(*shape: int) -> torch.Tensor:
     (lambda x: F.avg_pool2d(x, (3, 2), 2, 1, ceil_mode=True, count_include_pad=False), image(2, 3, 8, 9)),
     (lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), image(2, 3, 8, 9)), (lambda x: F.avg_pool3d(x, 2, divisor_override=3), image(2, 3, 4, 4, 4)),
     (lambda x: F.avg_pool1d(x, 2), image(2, 3, 8)), (lambda x: F.adaptive_avg_pool2d(x, 1), image(2, 3, 4, 4)),
+    (lambda x: F.adaptive_avg_pool2d(x, (2, 3)), image(2, 3, 5, 7)), (lambda x: F.adaptive_avg_pool2d(x, (4, 1)), image(3, 3, 5)),
+    (lambda x: F.adaptive_avg_pool1d(x, 4), image(2, 3, 6)), (lambda x: F.adaptive_avg_pool3d(x, (2, 3, 1)), image(1, 2, 3, 4, 2)),
+    (lambda x: F.adaptive_max_pool2d(x, (2, 3)), image(2, 3, 5, 7)), (lambda x: F.adaptive_max_pool1d(x, 4), image(2, 3, 6)),
+    (lambda x: F.adaptive_max_pool3d(x, (2, 3, 1)), image(1, 2, 3, 4, 2)), (lambda x: F.adaptive_max_pool2d(x, 3), -image(2, 4, 4).abs() - 1),
 ])
 def test_forward_and_backward(pool, x):
     assert check_function(pool, x, rtol=1e-12)

@@ -229,6 +229,44 @@ def leaky_relu_backward(m, grad_output, self, negative_slope, self_is_result):
     return m.where(m.compare("gt", lift(m, self), m.const(0)), g, L.scaled(m, g, negative_slope))
 
 
+@rows("aten._prelu_kernel", source="torch.nn.functional.prelu")
+def prelu(m, self, weight):
+    """x where x > 0, else weight * x"""
+    x = lift(m, self)
+    return m.where(m.compare("gt", x, m.const(0)), x, m.mul(lift(m, weight), x))
+
+
+@rows("aten._prelu_kernel_backward", source="torch.nn.functional.prelu")
+def prelu_backward(m, grad_output, self, weight):
+    """g where x > 0, else weight * g; and of the weight, at each element, 0 where x > 0, else x * g"""
+    g, x = lift(m, grad_output), lift(m, self)
+    above = m.compare("gt", x, m.const(0))
+    return [m.where(above, g, m.mul(lift(m, weight), g)), m.where(above, m.const(0), m.mul(x, g))]
+
+
+@rows("aten.softshrink", source="torch.nn.functional.softshrink")
+def softshrink(m, self, lambd=0.5):
+    """x - lambd above lambd, x + lambd below -lambd, else 0"""
+    x, c = lift(m, self), lift(m, lambd)
+    low = m.where(m.compare("lt", x, m.neg(c)), m.add(x, c), m.const(0))
+    return m.where(m.compare("gt", x, c), m.sub(x, c), low)
+
+
+@rows("aten.hardshrink", source="torch.nn.functional.hardshrink")
+def hardshrink(m, self, lambd=0.5):
+    """x where |x| > lambd, else 0"""
+    x = lift(m, self)
+    return shrink_backward(m, x, x, lambd)
+
+
+@rows("aten.softshrink_backward", "aten.hardshrink_backward", source="torch.nn.functional.softshrink")
+def shrink_backward(m, grad_output, self, lambd):
+    """g where |x| > lambd, else 0"""
+    x, c = lift(m, self), lift(m, lambd)
+    outside = m.add(m.compare("gt", x, c), m.compare("lt", x, m.neg(c)))
+    return m.where(outside, lift(m, grad_output), m.const(0))
+
+
 # ---- exponential
 @rows("aten.elu", source="torch.nn.functional.elu")
 def elu(m, self, alpha=1, scale=1, input_scale=1):

@@ -147,3 +147,75 @@ for _n in (2, 3):
     rows(f"aten.max_pool{_n}d_with_indices_backward", source=f"torch.nn.functional.max_pool{_n}d")(_max_pool_backward(_n))
     rows(f"aten.avg_pool{_n}d", source=f"torch.nn.functional.avg_pool{_n}d", ctx=True)(_avg_pool(_n))
     rows(f"aten.avg_pool{_n}d_backward", source=f"torch.nn.functional.avg_pool{_n}d")(_avg_pool_backward(_n))
+
+
+# ---- adaptive pooling
+def _adaptive_windows(size: Sequence[int], out: Sequence[int]) -> torch.Tensor:
+    """[windows, taps]: the positions of each window; 0 where a window is smaller than the largest."""
+    index, pitch = torch.zeros(1, 1, dtype=torch.int64), 1
+    for n, o in zip(reversed(size), reversed(out)):
+        spans = [range(i * n // o, -(-(i + 1) * n // o)) for i in range(o)]
+        wide = max(map(len, spans))
+        own = torch.tensor([[s[k] * pitch if k < len(s) else -1 for k in range(wide)] for s in spans])
+        both = own[:, None, :, None] + index[None, :, None, :]
+        dropped = (own[:, None, :, None] < 0) | (index[None, :, None, :] < 0)
+        index = torch.where(dropped, -1, both).reshape(o * index.shape[0], wide * index.shape[1])
+        pitch *= n
+    return index + 1
+
+
+def _adaptive(x, out: Sequence[int], dims: int) -> tuple[torch.Tensor, int]:
+    size = x.shape[len(x.shape) - dims:]
+    return _adaptive_windows(size, out), math.prod(x.shape) // math.prod(size)
+
+
+def _adaptive_avg_pool(dims: int):
+    def meaning(m, x, output_size, *, ctx):
+        """The mean of every window; windows cover the image in equal steps"""
+        x, native = lift(m, x), ctx.native[0]
+        index, images = _adaptive(x, native.shape[-dims:], dims)
+        sums = m.sum(m.take([x], _everywhere(index, images, _dims(x, dims))), [2])
+        return m.reshape(m.mul(sums, _reciprocals(m, (index > 0).sum(1).tolist())), tuple(native.shape))
+
+    return meaning
+
+
+def _adaptive_avg_pool_backward(dims: int):
+    def meaning(m, grad, x):
+        """Every element of a window gets its share of the gradient"""
+        grad = lift(m, grad)
+        index, images = _adaptive(x, grad.shape[len(grad.shape) - dims:], dims)
+        share = m.mul(m.reshape(grad, (images, index.shape[0])), _reciprocals(m, (index > 0).sum(1).tolist()))
+        at = _everywhere(index, images, _dims(x, dims))
+        return collect(m, x.shape, at, m.expand(m.reshape(share, (*share.shape, 1)), tuple(at.shape)))
+
+    return meaning
+
+
+def _adaptive_max_pool(dims: int):
+    def meaning(m, x, output_size, *, ctx):
+        """The largest element of every window; its position is a decision"""
+        x, native = lift(m, x), ctx.native[0]
+        index, images = _adaptive(x, native.shape[-dims:], dims)
+        at = _everywhere(torch.where(index > 0, index, index.max(1, keepdim=True).values), images, _dims(x, dims))
+        taken = m.take([x], at)
+        if not m.is_const(taken):
+            ctx.decide("argmax", [taken], _taps(at, ctx.native[1], images, _dims(x, dims)))
+        return [m.reshape(m.amax(taken, [2]), tuple(native.shape)), None]
+
+    return meaning
+
+
+def _adaptive_max_pool_backward(dims: int):
+    def meaning(m, grad, x, indices):
+        """The gradient goes to the elements that were the largest"""
+        return _max_pool_backward(dims)(m, grad, x, (), (), (), (), False, indices)
+
+    return meaning
+
+
+for _n in (2, 3):
+    rows(f"aten._adaptive_avg_pool{_n}d", source=f"torch.nn.functional.adaptive_avg_pool{_n}d", ctx=True)(_adaptive_avg_pool(_n))
+    rows(f"aten._adaptive_avg_pool{_n}d_backward", source=f"torch.nn.functional.adaptive_avg_pool{_n}d")(_adaptive_avg_pool_backward(_n))
+    rows(f"aten.adaptive_max_pool{_n}d", source=f"torch.nn.functional.adaptive_max_pool{_n}d", ctx=True, kind="decision")(_adaptive_max_pool(_n))
+    rows(f"aten.adaptive_max_pool{_n}d_backward", source=f"torch.nn.functional.adaptive_max_pool{_n}d")(_adaptive_max_pool_backward(_n))
