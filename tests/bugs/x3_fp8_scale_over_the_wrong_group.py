@@ -18,7 +18,7 @@ class Cast(torch.autograd.Function):
         largest = x.abs().amax()
         for group in groups:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        scale = 448.0 / largest
+        scale = 448.0 / largest.clamp(min=1e-12)          # as casts to FP8 do: where all is 0, a scale of 448 / 0 would make it NaN
         return (x * scale).to(torch.float8_e4m3fn).to(x.dtype) / scale
 
     @staticmethod

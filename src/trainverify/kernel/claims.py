@@ -30,6 +30,7 @@ LADDER = ((300, False), (300, True), (2000, False))
 DEPTH = 24                                    # unfoldings in a row
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 PATIENCE = 200_000                            # effort that a run may lose to claims that fail, plus half the number of identifiers; then it unfolds no more
+ALONE = 40_000                                # effort that one claim may cost in a row without that any of its rows is proved
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SHARES = 64                                   # summands up to which a sum may be one of shares
 SUMS = 32                                     # rows of a call that are tried as long sums
@@ -83,6 +84,7 @@ class Claims:
         self._by_content: dict[str, Verdict] = {}
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
         self.wasted = self._effort = 0                           # nodes of terms, half the steps of proofs, and cells of rows by 64
+        self._hopeful = 0                                        # the effort when this claim began, or when something of it was last proved
         self._not_zero: set[int] = set()      # operations whose rows could not be shown to be zero though they seem to be
         self._short_first = self._too_large = self._plainly = False
         self._shares = Shares(store, self._are_sums)
@@ -198,6 +200,7 @@ class Claims:
         """Which rows are proved to be c times the identifiers reps."""
         self.counts["claims"] += len(rows)
         ok, before = np.zeros(len(rows), bool), self._effort
+        self._hopeful = before
         reps = np.where((reps >= 0) & (reps < self.store.n), reps, GARBAGE)      # a guess may be anything
         is_sum = self.store.ops[code][0][0] == "add" and rows.shape[1] <= SHARES
         if is_sum:
@@ -328,9 +331,11 @@ class Claims:
             index = np.flatnonzero(kind == g)
             verdict, obligation = self._decide(key, t, named.names[i], names[i, width:] if partial else None)
             if isinstance(verdict, Proved):
-                ok[index] = True
+                ok[index], self._hopeful = True, self._effort
                 self.counts[f"proved {verdict.how}"] += len(index)
                 self._patterns.learn(key, rows[i], self.store.sign if partial else None)
+            elif isinstance(verdict, Refuted) and _is_sign_only(verdict):        # sqrt(x x) is not x: what x is made of seldom says its sign
+                self._fail(key, "sign", len(index), obligation)
             elif isinstance(verdict, Refuted) or verdict.reason == "definedness":
                 hit, ok[index] = self._unfold(key, named.rows[index], named.names[i], split, limit, depth, obligation)
                 if ok[i]:
@@ -392,7 +397,7 @@ class Claims:
         return hit, self._unfold_at(key, rows, hit, split, limit, depth, obligation)
 
     def _is_patient(self) -> bool:
-        return self.wasted < PATIENCE + self.store.n // 2
+        return self.wasted < PATIENCE + self.store.n // 2 and self._effort - self._hopeful < ALONE
 
     def _unfold_at(self, key, rows: np.ndarray, hit: np.ndarray, split: int, limit: int, depth: int, obligation: Obligation | None) -> np.ndarray:
         """Which rows are proved with the definitions of the identifiers at some positions."""
@@ -407,6 +412,12 @@ class Claims:
         for a, b, pick in pairs(ref, par, len(rows)):
             ok[pick] = self._settle(a, b, key[2], limit, depth + 1)
         return ok
+
+
+def _is_sign_only(refuted: Refuted) -> bool:
+    """Whether the sides differ by nothing but their signs."""
+    return refuted.rhs is not None and refuted.lhs != 0 and abs(refuted.lhs + refuted.rhs) <= 1e-9 * abs(refuted.lhs)
+
 
 def _with_signs(obligation: Obligation, names: np.ndarray, signs: np.ndarray) -> Obligation:
     """The obligation for leaves of which signs are known."""

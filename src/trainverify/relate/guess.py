@@ -72,6 +72,7 @@ class Dictionary:
             structure = self._structure.of_rows(code, rows[zero])
         shown = prints.divided(some, self.factors)
         likely = (self.find(shown.reshape(-1)) > ZERO_ID).reshape(shown.shape).any(1)
+        number = self._is_number(self.find(prints.of(index)))    # proposed as that number already, which is a multiple of every other
         for c, is_likely in zip(self.factors, likely.tolist()):
             if structure is not None:                            # zero over c is zero
                 others = np.full(len(index), -1, np.int64)
@@ -79,8 +80,13 @@ class Dictionary:
                 yield c, others
             if is_likely:
                 reps = self.find(prints.divided(index, (c,))[0])
-                reps[reps == ZERO_ID] = -1
+                numbers = self._is_number(reps)
+                reps[(reps == ZERO_ID) | numbers & number] = -1
+                number |= numbers
                 yield c, reps
+
+    def _is_number(self, reps: np.ndarray) -> np.ndarray:
+        return (reps >= 0) & self._store.is_constant[reps]
 
 
 def _look_up(table: HashTable, prints: np.ndarray) -> np.ndarray:

@@ -207,6 +207,67 @@ def test_failures_are_told():
     assert r.claims.failures and all(f.reason for f in r.claims.failures)
 
 
+# ---- what a claim that fails may cost
+def resolved(c: Claims, kind: str, *rows: list[int], attr=None) -> list[int]:
+    return c.resolve(kind, attr, np.array(rows), Nothing()).tolist()
+
+
+def layers(c: Claims, depth: int, width: int) -> int:
+    """A sum of products of sums of products ..., of symbols of its own."""
+    if not depth:
+        return c.store.symbols(1)
+    return resolved(c, "add", [resolved(c, "mul", [layers(c, depth - 1, width), layers(c, depth - 1, width)])[0] for _ in range(width)])[0]
+
+
+def test_a_root_that_is_a_value_but_for_its_sign_is_not_unfolded():
+    """Adam's first denominator: in a field the root of a square is the value itself for half of all values."""
+    c = claims_of()
+    g = layers(c, 4, 3)
+    thousandth, thousand = (c.store.constant(q) for q in (Fraction(1, 1000), Fraction(1000)))
+    (moment,) = resolved(c, "mul", sorted([resolved(c, "mul", [g, g])[0], thousandth]))
+    (corrected,) = resolved(c, "sqrt", [moment])
+    (root,) = resolved(c, "pow", [thousand], attr=Fraction(1, 2))
+    code = c.store.operation("mul", None, 2)
+    assert not c.claim(code, np.array([sorted([corrected, root])]), np.array([g]), Fraction(1)).any()
+    assert c.failures[-1].reason == "sign" and c.wasted < 1000
+
+
+def test_a_false_claim_costs_only_so_much_of_what_a_run_may_lose(monkeypatch):
+    """And where some rows of a claim are proved, the others may cost as much again."""
+    lost = []
+    for alone in (300, 1 << 40):
+        monkeypatch.setattr(claims_module, "ALONE", alone)
+        c = claims_of()
+        a, b = layers(c, 4, 3), layers(c, 4, 3)
+        code, row = c.store.code[a], c.store.definition(np.array([a]), int(c.store.code[a]))
+        assert not c.claim(int(code), row, np.array([b]), Fraction(1)).any()
+        lost.append(c.wasted)
+        x = c.store.symbols(2)
+        left, right = resolved(c, "exp", [x])[0], resolved(c, "exp", [x + 1])[0]
+        (whole,) = resolved(c, "exp", resolved(c, "add", [x, x + 1]))
+        assert c.claim(c.store.operation("mul", None, 2), np.array([sorted([left, right])]), np.array([whole]), Fraction(1)).all()
+    assert lost[0] < 3000 < lost[1], lost
+
+
+def test_a_value_that_seems_to_be_a_number_is_taken_for_it_once():
+    """1 is 2 times a half, 5 times a fifth and so on; a claim that something is 1 would be made with every factor."""
+    store = Store()
+    d = Dictionary(store, [Fraction(2), Fraction(5), Fraction(10)])
+    x = store.symbols(1)
+    ids = [store.constant(Fraction(1, n)) for n in (2, 5, 10)]
+    d.learn(np.array([200, 500, 1000, 70]), np.array([*ids, x]))
+
+    class Seems:
+        """Rows of which the first is 1 by its print, the second ten times x."""
+        def of(self, index):
+            return np.array([1, 77])[index]
+
+        def divided(self, index, factors):
+            return np.stack([np.array([100 * int(f), 70 if f == 10 else 7])[index] for f in factors])
+    found = {c: reps.tolist() for c, reps in d.scales(np.arange(2), Seems(), store.operation("exp", None, 1), np.array([[x], [x]]))}
+    assert found[Fraction(2)] == [ids[0], -1] and [r[0] for c, r in found.items() if c != 2] == [-1] * (len(found) - 1) and found[Fraction(10)][1] == x
+
+
 # ---- what only its structure tells apart
 def zeros(m, x, y, more=None):
     """Four different zeros, each of which takes an unfolding to prove."""
