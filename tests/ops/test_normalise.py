@@ -121,6 +121,17 @@ def test_batch_norm_and_autograd():
     check_function(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), rnd(3, 2, 4), rnd(2, seed=1), rnd(2, seed=2))
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_weight_norm(dim):
+    shape = [1, 1, 1]
+    shape[dim] = (3, 2, 4)[dim]
+    v, g = rnd(3, 2, 4), rnd(*shape, seed=1)
+    if dim != 1:                              # torch has it for the first and the last dimension
+        w, norms = aten._weight_norm_interface(v, g, dim)
+        check_row(aten._weight_norm_interface.default, [v, g, dim])
+        check_row(aten._weight_norm_interface_backward.default, [rnd(3, 2, 4, seed=2), v, g, norms, dim])
+
+
 def test_every_row_was_checked():
     assert_covered(normalise.rows)
 

@@ -42,6 +42,26 @@ def attention_kernels(note: Note) -> Iterator[None]:
         patches.restore()
 
 
+@contextlib.contextmanager
+def plain_lstm() -> Iterator[None]:
+    """torch.nn.LSTM runs as products and activations, as torch does without oneDNN, whose one kernel for a layer has no meaning in the op table."""
+    patches, lstm = Patches(), torch._VF.lstm
+
+    def plain(*args: Any) -> Any:
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return lstm(*args)
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+
+    try:
+        patches.set(torch._VF, "lstm", plain)
+        yield
+    finally:
+        patches.restore()
+
+
 class _Flex:
     """In place of the higher-order op: (output, logarithm of sums, largest score), the latter two to base 2, as the kernel returns them."""
 

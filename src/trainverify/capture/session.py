@@ -27,7 +27,7 @@ from trainverify.capture import meta
 from trainverify.capture.digits import DIGITS, needed, tell_apart
 from trainverify.capture.early import Early, EarlySymbols, read_before_defined
 from trainverify.capture.groups import process_groups
-from trainverify.capture.kernels import attention_kernels
+from trainverify.capture.kernels import attention_kernels, plain_lstm
 from trainverify.capture.model import chunks_of, whole_tensor
 from trainverify.capture.options import CaptureOptions
 from trainverify.capture.outputs import Outputs
@@ -296,6 +296,7 @@ class Session:
             stack.enter_context(standins.noting(note))
             stack.enter_context(attention_kernels(note))
             stack.enter_context(sync_batch_norm(note))
+            stack.enter_context(plain_lstm())
             if self.full_size:
                 stack.enter_context(meta.full_size())
             stack.enter_context(self.outputs)

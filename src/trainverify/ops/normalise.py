@@ -240,3 +240,26 @@ def batch_norm_backward(m, grad_out, input, weight, running_mean, running_var, s
         return _norm_backward(m, g, unit, r, w, dims, True) if train else m.mul(g if w is None else m.mul(g, w), r)
     results = (of_input, lambda: L.total(m, m.mul(g, unit), dims), lambda: L.total(m, g, dims))
     return [f() for f, wanted in zip(results, output_mask) if wanted]
+
+
+# ---- weight norm
+def _except(m, x, dim: int):
+    """The sum over all dimensions but one, kept."""
+    return L.total(m, x, [d for d in range(len(x.shape)) if d != dim], True)
+
+
+@rows("aten._weight_norm_interface", source="torch.nn.utils.parametrizations.weight_norm")
+def weight_norm(m, v, g, dim=0):
+    """g * v / |v|, the length taken over all dimensions but dim, and the lengths"""
+    v = lift(m, v)
+    length = m.sqrt(_except(m, m.mul(v, v), dim))
+    return [m.mul(v, m.div(lift(m, g), length)), length]
+
+
+@rows("aten._weight_norm_interface_backward", source="torch.nn.utils.parametrizations.weight_norm")
+def weight_norm_backward(m, grad_w, saved_v, saved_g, saved_norms, dim):
+    """The gradients of v and g"""
+    gw, v, length = lift(m, grad_w), lift(m, saved_v), lift(m, saved_norms)
+    unit = m.div(v, length)
+    along = _except(m, m.mul(gw, unit), dim)
+    return [m.mul(m.div(lift(m, saved_g), length), m.sub(gw, m.mul(unit, along))), along]

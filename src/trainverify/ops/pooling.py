@@ -108,7 +108,7 @@ def _divisors(index: torch.Tensor, size, out, kernel, stride, padding, include_p
     return count.reshape(-1).tolist()
 
 
-def _reciprocals(m: Algebra, divisors: list[int]) -> V:
+def reciprocals(m: Algebra, divisors: list[int]) -> V:
     """[windows]: 1 / divisor."""
     distinct = sorted(set(divisors))
     place = torch.tensor([distinct.index(d) + 1 for d in divisors])
@@ -121,7 +121,7 @@ def _avg_pool(dims: int):
         x, native = lift(m, x), ctx.native[0]
         out, size = native.shape[-dims:], x.shape[len(x.shape) - dims:]
         index, images = _pool(x, out, kernel, stride, padding, (1,))
-        over = _reciprocals(m, _divisors(index, size, out, kernel, stride, padding, count_include_pad, divisor_override))
+        over = reciprocals(m, _divisors(index, size, out, kernel, stride, padding, count_include_pad, divisor_override))
         sums = m.sum(m.take([x], _everywhere(index, images, _dims(x, dims))), [2])
         return m.reshape(m.mul(sums, over), tuple(native.shape))
 
@@ -134,7 +134,7 @@ def _avg_pool_backward(dims: int):
         grad = lift(m, grad)
         out, size = grad.shape[len(grad.shape) - dims:], x.shape[len(x.shape) - dims:]
         index, images = _pool(x, out, kernel, stride, padding, (1,))
-        over = _reciprocals(m, _divisors(index, size, out, kernel, stride, padding, count_include_pad, divisor_override))
+        over = reciprocals(m, _divisors(index, size, out, kernel, stride, padding, count_include_pad, divisor_override))
         share = m.mul(m.reshape(grad, (images, index.shape[0])), over)
         at = _everywhere(index, images, _dims(x, dims))
         return collect(m, x.shape, at, m.expand(m.reshape(share, (*share.shape, 1)), tuple(at.shape)))
@@ -175,7 +175,7 @@ def _adaptive_avg_pool(dims: int):
         x, native = lift(m, x), ctx.native[0]
         index, images = _adaptive(x, native.shape[-dims:], dims)
         sums = m.sum(m.take([x], _everywhere(index, images, _dims(x, dims))), [2])
-        return m.reshape(m.mul(sums, _reciprocals(m, (index > 0).sum(1).tolist())), tuple(native.shape))
+        return m.reshape(m.mul(sums, reciprocals(m, (index > 0).sum(1).tolist())), tuple(native.shape))
 
     return meaning
 
@@ -185,7 +185,7 @@ def _adaptive_avg_pool_backward(dims: int):
         """Every element of a window gets its share of the gradient"""
         grad = lift(m, grad)
         index, images = _adaptive(x, grad.shape[len(grad.shape) - dims:], dims)
-        share = m.mul(m.reshape(grad, (images, index.shape[0])), _reciprocals(m, (index > 0).sum(1).tolist()))
+        share = m.mul(m.reshape(grad, (images, index.shape[0])), reciprocals(m, (index > 0).sum(1).tolist()))
         at = _everywhere(index, images, _dims(x, dims))
         return collect(m, x.shape, at, m.expand(m.reshape(share, (*share.shape, 1)), tuple(at.shape)))
 

@@ -7,6 +7,7 @@ import torch.nn.attention.flex_attention as flex
 import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 import trainverify as tv
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from trainverify.capture.kernels import attention_kernels
 from trainverify.diagnostics import Fault
@@ -149,3 +150,56 @@ def test_kernels_in_a_run(how):
     assert report.verdict == "PROVED", ([(o.kind, o.name, o.reason) for o in report.outputs if o.verdict != "PROVED"], report.diagnostics)
     (assumed,) = [a for a in report.assumptions if f"torch's {how}" in a.text]
     assert __file__ in assumed.places[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+def by_hand(model, x):
+    """The recurrence, written out."""
+    p = dict(model.rnn.named_parameters())
+    h = c = torch.zeros(x.shape[0], 2)
+    out = []
+    for t in range(x.shape[1]):
+        gates = x[:, t] @ p["weight_ih_l0"].T + p["bias_ih_l0"] + h @ p["weight_hh_l0"].T + p["bias_hh_l0"]
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        out.append(h)
+    return model.head(torch.stack(out, 1))
+
+
+def recurrent_training(model, forward, batch):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        loss = forward(batch["x"]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss}
+    return tv.Training(model, step, batch=batch)
+
+
+@pytest.mark.slow
+def test_an_lstm_is_its_recurrence():
+    def reference():
+        torch.manual_seed(0)
+        model = Recurrent()
+        return recurrent_training(model, model, {"x": torch.randn(2, 3, 3)})
+
+    def parallel(ref):
+        model = Recurrent()
+        model.load_state_dict(ref.weights)
+        return recurrent_training(model, lambda x: by_hand(model, x), ref.batch)
+
+    before = torch._C._get_mkldnn_enabled()
+    report = verify(reference, parallel, ranks=1)
+    assert report.verdict == "PROVED", ([(o.kind, o.name, o.reason) for o in report.outputs if o.verdict != "PROVED"], report.diagnostics)
+    assert torch._C._get_mkldnn_enabled() == before
