@@ -317,8 +317,15 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
         if options.repair:
             findings = _repaired(reference, parallel, analysis, told, options, progress)
         report.counterexample = _counterexample(analysis, told, reference, parallel, report.spec, options, progress)
-    elif options.counterexample is not None:
-        analysis.diagnostics.append(_no_counterexample("no output is refuted"))
+    elif any(j.verdict == "REFUTED" for j in analysis.judgements):
+        from trainverify.diagnose.deep import explain_deep
+
+        clock = time.perf_counter()
+        told = explain_deep(analysis, reference, parallel)
+        findings, explained = told.findings, told.explained
+        analysis.phases.append(Phase("diagnose", time.perf_counter() - clock))
+    if options.counterexample is not None and analysis.second is None:
+        analysis.diagnostics.append(_no_counterexample("the program was judged by its numbers" if findings else "no output is refuted"))
     _second_opinion(analysis, options, progress)
     fill(report, analysis, reference, parallel, groups, findings, explained)
     _keep_obligations(report, analysis, reference, parallel, options)

@@ -14,7 +14,7 @@ from trainverify.engine.passes import Laps, Pass, Seen, replay_both
 from trainverify.engine.proof import Lineages, Proof
 from trainverify.engine.prove import Prover, prove_programs
 from trainverify.engine.slices import part
-from trainverify.engine.verdict import BLOCKING, Judgement, agrees, at_other_inputs, judge
+from trainverify.engine.verdict import BLOCKING, Judgement, agrees, at_other_inputs, judge, judge_by_numbers
 from trainverify.ir.trace import Program
 from trainverify.ops.standard import standard_table
 from trainverify.ops.table import OpTable
@@ -26,6 +26,7 @@ from trainverify.report.model import Phase
 
 
 DEEP = 20_000                                 # calls; smaller programs repeat too little for contracts to pay
+DEEPER = 100_000                              # calls; of larger programs a field is not asked what float64 shows at once
 WORTH_A_PROCESS = 1000                        # calls; a smaller proof takes less time than to start one
 
 
@@ -55,7 +56,7 @@ class Analysis:
     @property
     def evidence(self) -> str:
         if self.first.field is None:
-            return "proved without a field"
+            return "proved without a field" if self.proof.proved else "in float64"
         return f"equal at {2 if self.second is None else 4} field points, error <= 2^-{self.first.field.error_bits}"
 
 
@@ -122,7 +123,8 @@ def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Sym
 
 def _outright(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], jobs: int,
               laps: Laps, progress: Callable) -> Analysis | None:
-    """All outputs proved by contracts, beside a replay in float64; None: something is not, or float64 or a diagnostic says otherwise."""
+    """All outputs proved by contracts, beside a replay in float64, or some refuted by that of very many calls; None: something is not, or float64 or a
+    diagnostic says otherwise."""
     def prove(told: Callable[[], Lineages], report: Callable) -> Proof | None:
         return prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, told)
     beside = Beside(prove) if jobs > 1 else None
@@ -131,8 +133,11 @@ def _outright(reference: Program, parallel: Program, table: OpTable, symbols: Sy
         first = replay_both(reference, parallel, table, symbols, None, progress, seen)
         laps.end("replay", first.calls)
         compared, diagnostics = first.comparison.compared, seen.diagnostics(first)
-        if any(d.code in BLOCKING for d in diagnostics) or not all(c.pieces and all(map(agrees, c.pieces)) for c in compared.values()):
+        if any(d.code in BLOCKING for d in diagnostics):
             return None
+        if not all(c.pieces and all(map(agrees, c.pieces)) for c in compared.values()):
+            found = judge_by_numbers(first) if sum(m.ops for w in (first.reference, first.parallel) for m in w.machines) > DEEPER else []
+            return Analysis(table, symbols, first, None, Proof(), found, diagnostics, seen.facts, seen.coverage, reference.traces[0].steps, phases=laps.phases) if found else None
         proof = _told(first, prove, beside, progress)
     finally:
         if beside is not None:

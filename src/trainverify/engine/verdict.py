@@ -1,7 +1,8 @@
 """The verdict rules: what each output's evidence amounts to (trusted).
 
 REFUTED needs a difference in the field under two seeds and a float64 witness larger than rounding of constants explains (at the recorded inputs,
-else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks. PROVED needs equality in the field with nothing
+else at others that take the same decisions: engine/inputs.py), or a NaN that the reference lacks; of a program of very many calls that no float decides
+anything in, a difference in float64 that is larger than any rounding. PROVED needs equality in the field with nothing
 against it (of a program of many calls: in float64), and the kernel's proof. Equality in the field alone is UNKNOWN. A difference without a
 witness is UNKNOWN.
 """
@@ -17,6 +18,7 @@ from trainverify.engine.proof import Proof
 from trainverify.relate.compare import Compared, Piece
 
 EXACT, ROUNDED = 1e-10, 1e-5                  # relative thresholds of a witness, without and with rounded constants
+FAR, NOTHING = 1e-3, 1e-6                     # relative: what no rounding explains; which part of the largest number of its sort an output must have
 OPAQUE = {"OPS001", "OPS002", "OPS003", "OPS004", "OPS005", "OPS006", "CAP006"}   # values without a known meaning: garbage, which is nobody's NaN and nobody's memory
 BLOCKING = {"REL007", "REL008", "CONF001", "CONF002", "CAP001"} | OPAQUE
 DISTRUSTED = {"CONF001", "CONF002"}           # the replay is not what ran: its witnesses show nothing
@@ -72,6 +74,43 @@ def agrees(piece: Piece, within: float = ROUNDED) -> bool:
     a, b = piece.reference["real"].t.reshape(-1), piece.parallel["real"].t.reshape(-1)
     scale = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
     return bool(((a == b) | ((a - b).abs() <= within * scale)).all())
+
+
+def judge_by_numbers(done) -> list[Judgement]:
+    """Judgements by float64 alone (`done`: engine.passes.Pass without a field): REFUTED where outputs differ, and one of them by far; UNKNOWN where they do
+    not. None where that shows nothing: no output differs by far, or floats decided something, which rounding may have turned over."""
+    compared = done.comparison.compared
+    if any(machine.decisions for w in (done.reference, done.parallel) for machine in w.machines):
+        return []
+    largest: dict[str, float] = {}
+    for (kind, *_), c in compared.items():
+        largest[kind] = max(largest.get(kind, 0.0), *(_scale(p.reference["real"].t) for p in c.pieces), 0.0)
+    out = [_judged_by_numbers(c, NOTHING * largest[key[0]]) for key, c in compared.items()]
+    far = any(((w.reference - w.parallel).abs() > FAR * max(_scale(w.piece.reference["real"].t), NOTHING * largest[j.key[0]])).any()
+              for j in out if j.verdict == "REFUTED" for w in j.wrong)
+    return out if far else []
+
+
+def _judged_by_numbers(c: Compared, least: float) -> Judgement:
+    wrongs = []
+    for piece in c.pieces:
+        a, b = piece.reference["real"].t.reshape(-1), piece.parallel["real"].t.reshape(-1)
+        at = torch.nonzero(torch.isfinite(a) & torch.isfinite(b) & ((a - b).abs() > ROUNDED * max(_scale(a), least))).reshape(-1)
+        if len(at):
+            wrongs.append(Wrong(piece, at, a[at], b[at], False))
+    if not wrongs:
+        same = bool(c.pieces) and not c.missing and not c.problems and all(map(agrees, c.pieces))
+        return Judgement(c, "UNKNOWN", "", f"float64 {'has the same' if same else 'does not decide it'}; others differ by far, and nothing was proved of the rest")
+    if c.reference.kind == "scalar" and (how := _is_share(c)):
+        return Judgement(c, "UNKNOWN", "REL006", f"rank-local scalar: the {how} over the ranks is the reference's; declare it with tv.local(x, reduce=\"{how}\")")
+    if why := _may_be_a_share(c, len(wrongs)):
+        return Judgement(c, "UNKNOWN", "REL006", why)
+    return Judgement(c, "REFUTED", "REL001", "differs from the reference", wrongs)
+
+
+def _scale(t: torch.Tensor) -> float:
+    """The largest finite number."""
+    return float(t[t.isfinite()].abs().max()) if t.isfinite().any() else 0.0
 
 
 def at_other_inputs(judgements: list[Judgement], first, diagnostics: list[Diagnostic], find: Callable) -> list[Judgement]:
