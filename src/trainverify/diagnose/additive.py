@@ -71,6 +71,9 @@ class Sums:
         lost, more = self._made(c, shares, missing), self._made(c, shares, extra)
         own = [t.taken for t, a in zip(shares.terms, here) if a and t.rank == p.rank and t.taken is not None]
         if missing and extra:
+            elsewhere = self._over_other_ranks(shares, missing, extra, here, due)
+            if elsewhere is not None:
+                return elsewhere
             return Relation("stale", "REL015", f"parallel has {more} in place of {lost}", detail=f"value of other shares: {more} in place of {lost}",
                             at=shares.terms[extra[0]].taken, same=("stale", same))
         if extra:
@@ -82,6 +85,20 @@ class Sums:
             return Relation("additive term", "REL014", f"reference = parallel + {lost}", detail=f"a term is missing: {lost}", at=own[-1] if own else None,
                             same=("additive term", same))
         return None
+
+    def _over_other_ranks(self, shares: Shares, missing: list[int], extra: list[int], here: list[Fraction], due: list[Fraction]) -> Relation | None:
+        """Where what is too many and what is missing are the same calls' shares, of other ranks: a reduction over another group."""
+        def made(which):
+            return sorted((shares.labels[i][0][1], self._place(shares.terms[i].node, False)) for i in which)
+
+        def ranks(weights):
+            return tuple(sorted({rank for its, w in zip(shares.labels, weights) if w for rank, _ in its}))
+        its, its_due = ranks(here), ranks(due)
+        if made(missing) != made(extra) or its == its_due:
+            return None
+        words = f"{self.names.over(its)} in place of {self.names.over(its_due)}"
+        return Relation("wrong group", "REL002", f"parallel = sum over {self.names.over(its)} of the shares; reference = sum over {self.names.over(its_due)}", ranks=its_due,
+                        detail=words, at=shares.terms[extra[0]].taken, same=("wrong group",))
 
     def _made(self, c: Compared, shares: Shares, which: list[int]) -> str:
         """"share 2 of ranks 0-1, made at model.py:57 (backward)" """

@@ -92,7 +92,7 @@ class Maker:
         if relation.kind in MOVED:
             yield from interleaved(self.parts.candidates(cause.nodes), self._regrouped(starts))
         else:
-            yield from self._regrouped(starts)
+            yield from self._regrouped(starts, alike(relation.ranks, self.watch.names.world) if relation.kind == "wrong group" else None)
 
     # ---- sums
     def _partial(self, cause: Cause) -> Iterator[Candidate]:
@@ -245,12 +245,12 @@ class Maker:
         return Candidate(f"scale by {factor}{self._before(first)}: {self._of(names).removeprefix('of ')}", edit)
 
     # ---- groups
-    def _regrouped(self, starts: Iterable[Node]) -> Iterator[Candidate]:
-        """The nearest collectives above some calls, over another division of the ranks."""
+    def _regrouped(self, starts: Iterable[Node], first: Family | None = None) -> Iterator[Candidate]:
+        """The nearest collectives above some calls, over another division of the ranks (`first`: one that the program need not have)."""
         nodes = list(self._lines_above(starts, lambda call: call.collective is not None and call.collective.kind in ("all_reduce", *SAME_SIZE)))
         for node in nodes:
             for exact in (True, False):
-                for family in self.places.families():
+                for family in [*([first] if first else []), *self.places.families()]:
                     yield self._over(self.places.occurrences([node], exact), family, node)
 
     def _over(self, occurrences: list[Occurrence], family: Family, node: Node) -> Candidate:
@@ -390,6 +390,16 @@ class Maker:
 
 
 _NAMES = {"sum": "SUM", "avg": "AVG"}
+
+
+def alike(group: tuple[int, ...], world: int) -> Family | None:
+    """The division of all ranks into groups with the steps of this one, as a mesh has them: of 4 ranks, (1, 3) belongs to (0, 2), (1, 3)."""
+    step = group[1] - group[0] if len(group) > 1 else 0
+    block = step * len(group)
+    if not step or world % block or group != tuple(range(group[0], group[0] + block, step)):
+        return None
+    family = {r: tuple(range(r // block * block + r % step, (r // block + 1) * block, step)) for r in range(world)}
+    return family if group in family.values() else None
 
 
 def interleaved(*iterators: Iterator[Candidate]) -> Iterator[Candidate]:

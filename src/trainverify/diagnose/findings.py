@@ -23,6 +23,7 @@ MISSING = "right gradients come from the same calls, and lose this factor later:
 SAID = {                                      # class of the finding -> what is said of the outputs
     "partial sum": lambda what, r: f"{what} is a part of the sum: {r.detail} is missing" if r.same else
                                    f"{what} is one rank's share: the sum over {r.detail} is missing",
+    "wrong group": lambda what, r: f"{what} is summed over the wrong ranks: over {r.detail}",
     "never updated": lambda what, r: f"{what} is never updated on these ranks",
     "stale": lambda what, r: f"{what} is stale: the reference's {r.detail}" if not r.same else f"{what} is stale: {r.detail}",
     "permutation": lambda what, r: f"{what} holds the reference's elements {r.detail}",

@@ -10,6 +10,7 @@ _BY_CLASS = {
     "other tensor": "find out which tensor arrives here: a wrong slice, a wrong peer, or a buffer that was overwritten",
     "reweighted": "divide by the count over all ranks and microbatches in place of each share's own",
     "additive term": "follow the term that is named: it is added once too often, or never arrives",
+    "wrong group": "look at the process group of this reduction, and at the ranks that it was made of",
     "stale": "the value is read before it is made: look for a missing wait, a buffer that is used again, or a copy in the wrong order",
     "never updated": "see that the optimizer holds this very parameter and that it has a gradient when the optimizer steps",
     "uninitialised": "wait for the communication that fills this memory, or fill it, before it is read",

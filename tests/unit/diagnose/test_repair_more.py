@@ -185,3 +185,51 @@ def test_a_norm_of_what_one_rank_holds():
         return loss
 
     mended(verify(step, clip=clip), "partial sum", "sum the square of the norm over all ranks")
+
+
+# ---- sums over other ranks
+class Halves(nn.Module):
+    """Two heads, of which the first sees the first half of the rows."""
+
+    def __init__(self, names=("a", "b")):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, CLASSES) for name in names})
+
+
+def heads_training(model, gradients):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouped", [True, False], ids=["a group of the program", "a group that the program lacks"])
+def test_shares_are_summed_over_another_group(grouped):
+    def reference():
+        torch.manual_seed(0)
+        model, batch = Halves(), {"x": torch.randn(8, WIDTH), "labels": torch.tensor([0, 1, 2, 3, 4, 0, 2, 1])}
+
+        def gradients():
+            for name, rows in (("a", slice(0, 4)), ("b", slice(4, 8))):
+                loss_of(model.heads[name](batch["x"][rows]), batch["labels"][rows], "sum").backward()
+        return tv.Training(model, heads_training(model, gradients), batch=batch)
+
+    def parallel(ref):
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        name, rows = "ab"[rank // 2], slice(2 * rank, 2 * rank + 2)
+        model = Halves((name,))
+        model.load_state_dict({k: v for k, v in ref.weights.items() if f".{name}." in k})
+        groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3], *([[0, 1], [2, 3]] if grouped else []))]
+
+        def gradients():
+            loss_of(model.heads[name](ref.batch["x"][rows]), ref.batch["labels"][rows], "sum").backward()
+            for p in model.parameters():
+                dist.all_reduce(p.grad, group=groups[rank % 2])
+        return tv.Training(model, heads_training(model, gradients))
+
+    mended(tv.verify(reference, parallel, ranks=4, timeout=60.0), "wrong group", "ranks [0, 1] and ranks [2, 3] instead of ranks [0, 2] and ranks [1, 3]")
