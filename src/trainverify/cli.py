@@ -108,7 +108,7 @@ def _options(args: argparse.Namespace, case: dict[str, Any], defaults: Any = Non
     given = {name: next((v for v in (getattr(args, name), getattr(defaults, name, None)) if v is not None), None) for name in ("steps", "timeout")}
     full_size = getattr(args, "full_size", False)
     given = {**({"steps": 1} if full_size else {}), **{k: v for k, v in given.items() if v is not None}}
-    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), repair=not getattr(args, "no_repair", False),
+    return options(ranks=args.ranks, case=case, seed=args.seed, keep=args.debug, jobs=getattr(args, "jobs", 2), engine=getattr(args, "engine", "local"), address=getattr(args, "address", ""), repair=not getattr(args, "no_repair", False),
                    cache=not getattr(args, "no_cache", True), stand_ins=args.stand_in,
                    reduce=getattr(args, "reduce", False) or full_size, full_size=full_size, cross_check=getattr(args, "cross_check", False),
                    **given, **more)
@@ -122,6 +122,8 @@ def _verify(args: argparse.Namespace, argv: list[str]) -> int:
     asked = [f"--{name.replace('_', '-')}" for name in ("self_test", "second_opinion", "certificate", "dump_unknown", "counterexample") if getattr(args, name)]
     if asked and args.dry_run:
         return _usage(f"verify: error: {asked[0]} needs a comparison, and --dry-run makes none")
+    if bool(args.address) != (args.engine == "ray"):
+        return _usage("verify: error: --engine ray needs --address HOST:PORT, and nothing else does")
     if args.reference or args.script or args.runs:
         return _verify_scripts(args, argv, asked)
     if args.local or args.skip:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -371,6 +371,15 @@ class Constants:
     def _holds_data(self, v: float) -> bool:
         at = int(np.searchsorted(self._reference_data, v))
         return at < len(self._reference_data) and self._reference_data[at] == v
+
+    # ---- for another field
+    def entries(self, contents: Iterable[float]) -> list[Entry]:
+        """What is known of those of some settled contents that are not exact."""
+        return [self._known[v] for v in sorted({abs(v) for v in contents if not _is_exact(v)})]
+
+    def adopt(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._register(entry)
 
     # ---- meaning
     def meaning(self, v: float) -> tuple[Fraction, int] | None:

@@ -5,7 +5,6 @@ a theorem, proved once for all blocks of its form: 126 equal layers cost one, an
 """
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -17,10 +16,12 @@ from trainverify.algebra.base import Number
 from trainverify.algebra.fieldvalue import FieldValue, broadcast
 from trainverify.algebra.real import Real
 from trainverify.algebra.terms import TermValue
+from trainverify.contracts.docket import Docket
 from trainverify.contracts.evaluate import Evaluator
-from trainverify.contracts.graph import FIRST, LEAF, Graph
+from trainverify.contracts.graph import FIRST, LEAF, Graph, Index, digest
 from trainverify.contracts.guess import Guesses, Numbers
 from trainverify.contracts.patterns import CONSTANT, I32, I64, UNKNOWN, Blocks, Pattern, Patterns, bits, contents, through
+from trainverify.contracts.predict import Predictor
 from trainverify.contracts.theorems import Theorem, Theorems
 from trainverify.kernel.store import sign_of
 from trainverify.kernel.terms import ANY
@@ -36,25 +37,6 @@ class Value:
 
     def __repr__(self) -> str:
         return f"Value({self.constant or self.pattern}, blocks={self.blocks})"
-
-
-class Index:
-    """A tensor of positions as an attribute: equal contents are equal."""
-
-    __slots__ = ("tensor", "_key")
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor, self._key = tensor, digest(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Index) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-def digest(t: torch.Tensor) -> tuple:
-    return tuple(t.shape), hashlib.blake2b(t.contiguous().numpy().tobytes(), digest_size=20).digest()
 
 
 def held(num: torch.Tensor) -> TermValue:
@@ -76,7 +58,7 @@ class Contracts:
 
     name = "terms"
 
-    def __init__(self, seed: int, firsts: Sequence[int], values: np.ndarray, factors: Sequence[Fraction]):
+    def __init__(self, seed: int, firsts: Sequence[int], values: np.ndarray, factors: Sequence[Fraction], docket: Docket):
         self.patterns, self.graph = Patterns(), Graph()
         self.evaluator = Evaluator(seed, self.patterns, self.graph, factors)
         self._constants = self.evaluator.constants
@@ -84,8 +66,8 @@ class Contracts:
         self._firsts = np.array([*firsts, len(values)], I64)
         real = Real(None)
         parts = np.split(values, self._firsts[1:-1]) if len(firsts) else []
-        self.numbers = Numbers(self.graph, self.evaluator, real, [real.data(torch.from_numpy(part)) for part in parts])
-        self.theorems = Theorems(self.graph, self.evaluator, Guesses(self.graph, self.numbers, factors))
+        self.numbers = Numbers(self.graph, real, [real.data(torch.from_numpy(part)) for part in parts])
+        self.theorems = Theorems(self.graph, self.evaluator, Guesses(self.graph, self.numbers, factors), Predictor(real), docket)
         for n in np.diff(self._firsts).tolist():
             self.graph.add(LEAF, (), n, True)
         self.nodes = Nodes(self.graph, self.evaluator.field.constants.meaning)

@@ -20,12 +20,11 @@ from trainverify.contracts.graph import Graph, Signature
 from trainverify.contracts.patterns import CONSTANT, I32, I64, UNKNOWN, Blocks, Pattern, Patterns, bits, contents
 from trainverify.kernel.claims import Claims
 from trainverify.kernel.store import GARBAGE, INF_ID, NINF_ID, Store
-from trainverify.relate.guess import Dictionary
 
 
 CONDITIONS = frozenset({"inv", "log", "sqrt"})
 SPECIAL = np.concatenate([bits(torch.tensor([0.0, 1.0, math.inf, -math.inf], dtype=torch.float64)), np.array([UNKNOWN], I64)])
-ROOM = 1 << 22                                # identifiers of a store for theorems; then there is a new one
+ROOM = 1 << 20                                # identifiers of a store; then there is a new one
 TINY, HUGE = Fraction(1, 1 << 1000), Fraction(1 << 1000)     # what float64 has with all its bits
 PLAIN = CONDITIONS | {"add", "sub", "mul", "neg", "exp", "sin", "cos", "erf", "matmul", "sum"}
 
@@ -64,46 +63,93 @@ class Outcome:
     new: bool
 
 
+# ---- operations on values of blocks
+def operand(m: Algebra, p: Pattern, blocks: Sequence[V]) -> V:
+    """The value that the pattern describes; blocks: flat, by the pattern's slots."""
+    if not p.slots and not (p.place == UNKNOWN).any():
+        return _constant(m, contents(p.place).reshape(p.shape))
+    if p.whole and blocks[0].shape[0] == len(p.slot):
+        return m.reshape(blocks[0], p.shape)
+    sources, starts = list(blocks), np.cumsum([1] + [b.shape[0] for b in blocks])
+    fixed = p.slot == CONSTANT
+    index = p.place + np.where(fixed, 0, starts[np.where(fixed, 0, p.slot)])
+    if fixed.any():
+        held, lost = p.place[fixed], p.place[fixed] == UNKNOWN
+        index[fixed] = starts[-1] + np.where(lost, int((~lost).sum()), np.cumsum(~lost) - 1)
+        if not lost.all():
+            sources.append(_constant(m, contents(held[~lost])))
+        if lost.any():
+            sources.append(m.garbage("garbage", 1))
+    return m.take(sources, torch.from_numpy(index).reshape(p.shape))
+
+
+def apply(m: Algebra, s: Signature, blocks: Sequence[V]) -> V:
+    """The operation on values of its blocks (flat)."""
+    values = [operand(m, p, [blocks[k] for k in slots]) for p, slots in zip(s.patterns, s.maps)]
+    if s.name in ("sum", "amax", "amin"):
+        return getattr(m, s.name)(values[0], *s.attr)
+    if s.name == "compare":
+        return m.compare(s.attr, *values)
+    if s.name == "opaque":
+        return m.opaque(s.attr, *values)
+    if s.name == "scatter_sum":
+        return m.scatter_sum(values[0], s.attr.tensor, values[1])
+    return getattr(m, s.name)(*values) if s.attr is None else getattr(m, s.name)(*values, s.attr)
+
+
+def fresh(m: Terms, sizes: Sequence[int]) -> tuple[int, list[TermValue]]:
+    """Symbols of these sizes, flat: their first identifier, and values."""
+    first = m.nodes.symbols(sum(sizes))
+    out, at = [], first
+    for n in sizes:
+        out.append(TermValue(m.field.symbols("leaves", at, n), torch.arange(at, at + n)))
+        at += n
+    return first, out
+
+
+def number_of(store: Store, i: int) -> Fraction | float:
+    """The constant that an identifier is: a number, an infinity, or nan for garbage."""
+    return store.constants[i] if i in store.constants else {INF_ID: math.inf, NINF_ID: -math.inf, GARBAGE: math.nan}[i]
+
+
+def is_fixed(store: Store, ids: np.ndarray) -> np.ndarray:
+    """Which identifiers are constants."""
+    return store.is_constant[ids] | np.isin(ids, (INF_ID, NINF_ID, GARBAGE))
+
+
 class Evaluator:
     def __init__(self, seed: int, patterns: Patterns, graph: Graph, factors: Sequence[Fraction]):
-        self.patterns, self.graph, self.factors, self._seed = patterns, graph, tuple(factors), seed
-        self.store = Store()                  # of what folds; theorems have stores of their own
+        self.patterns, self.graph, self.factors, self.seed = patterns, graph, tuple(factors), seed
         self.field = Field(seed)
-        self.constants = Terms(self.field, Claims(self.store, Nothing()), 0)
-        self.claims = Claims(store := Store(), Dictionary(store))
-        self._identifiers = 0                 # of the theorems' stores before
-        self._folding = self._terms(self.constants.claims)
+        self.constants = Terms(self.field, Claims(Store(), Nothing()), 0)
+        self._folding = self._terms(Claims(Store(), Nothing()))
         self._outcomes: dict[tuple, Outcome] = {}
 
     def _terms(self, claims: Claims) -> Terms:
-        return Terms(Field(self._seed, self.field.constants), claims, 0)
-
-    def proving(self) -> Terms:
-        """Terms of a new theorem: nothing is known but what is put in. Theorems share no identifier, so a store that has grown is left."""
-        if self.claims.store.n > ROOM:
-            self._identifiers += self.claims.store.n
-            self.claims = self.claims.over(store := Store(), Dictionary(store))
-        self.claims.guesses = Dictionary(self.claims.store, self.factors)
-        return self._terms(self.claims)
-
-    @property
-    def identifiers(self) -> int:
-        """How many all theorems took."""
-        return self._identifiers + self.claims.store.n
+        return Terms(Field(self.seed, self.field.constants), claims, 0)
 
     def begin_side(self, side: str) -> None:
-        self.field.begin_side(side)
-        self._folding = self._terms(self.constants.claims)
-        self._folding.begin_side(side)
+        self.constants.begin_side(side)
+        self._renew()
+
+    def _renew(self) -> None:
+        self._folding = self._terms(Claims(Store(), Nothing()))
+        self._folding.begin_side("parallel" if self.graph.parallel else "reference")
+
+    def _trying(self) -> Terms:
+        """Terms in which a single operation is tried: it has leaves of its own, so that a store that has grown is left, too."""
+        if self._folding.nodes.n > ROOM:
+            self._renew()
+        return self._folding
 
     # ---- constants
     def places(self, store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which identifiers are constants that float64 contents stand for, and those's bits."""
         values, inverse = np.unique(ids, return_inverse=True)
-        fixed = store.is_constant[values] | np.isin(values, (INF_ID, NINF_ID, GARBAGE))
+        fixed = is_fixed(store, values)
         place = np.zeros(len(values), I64)
         for k in np.flatnonzero(fixed).tolist():
-            content = self._content(store, int(values[k]))
+            content = self.content(number_of(store, int(values[k])))
             if content is None:
                 fixed[k] = False
             else:
@@ -111,56 +157,14 @@ class Evaluator:
         inverse = inverse.reshape(-1)
         return fixed[inverse], place[inverse]
 
-    def _content(self, store: Store, i: int) -> float | None:
-        """None: a number whose nearest content means another one."""
-        if i not in store.constants:
-            return {INF_ID: math.inf, NINF_ID: -math.inf, GARBAGE: math.nan}[i]
-        exact = store.constants[i]
-        if exact and not TINY < abs(exact) < HUGE:
+    def content(self, number: Fraction | float) -> float | None:
+        """What stands for a constant; None: for a number whose nearest content means another one."""
+        if isinstance(number, float):
+            return number
+        if number and not TINY < abs(number) < HUGE:
             return None
-        content = self.field.const(exact).num.item()
-        return content if self.field.constants.meaning(abs(content)) == (abs(exact), 1) else None
-
-    # ---- operations
-    def operand(self, m: Algebra, p: Pattern, blocks: Sequence[V]) -> V:
-        """The value that the pattern describes; blocks: flat, by the pattern's slots."""
-        if not p.slots and not (p.place == UNKNOWN).any():
-            return _constant(m, contents(p.place).reshape(p.shape))
-        if p.slots == 1 and p is self.patterns.block(p.shape) and blocks[0].shape[0] == len(p.slot):
-            return m.reshape(blocks[0], p.shape)
-        sources, starts = list(blocks), np.cumsum([1] + [b.shape[0] for b in blocks])
-        fixed = p.slot == CONSTANT
-        index = p.place + np.where(fixed, 0, starts[np.where(fixed, 0, p.slot)])
-        if fixed.any():
-            held, lost = p.place[fixed], p.place[fixed] == UNKNOWN
-            index[fixed] = starts[-1] + np.where(lost, int((~lost).sum()), np.cumsum(~lost) - 1)
-            if not lost.all():
-                sources.append(_constant(m, contents(held[~lost])))
-            if lost.any():
-                sources.append(m.garbage("garbage", 1))
-        return m.take(sources, torch.from_numpy(index).reshape(p.shape))
-
-    def apply(self, m: Algebra, s: Signature, blocks: Sequence[V]) -> V:
-        """The operation on values of its blocks (flat)."""
-        values = [self.operand(m, p, [blocks[k] for k in slots]) for p, slots in zip(s.patterns, s.maps)]
-        if s.name in ("sum", "amax", "amin"):
-            return getattr(m, s.name)(values[0], *s.attr)
-        if s.name == "compare":
-            return m.compare(s.attr, *values)
-        if s.name == "opaque":
-            return m.opaque(s.attr, *values)
-        if s.name == "scatter_sum":
-            return m.scatter_sum(values[0], s.attr.tensor, values[1])
-        return getattr(m, s.name)(*values) if s.attr is None else getattr(m, s.name)(*values, s.attr)
-
-    def fresh(self, m: Terms, sizes: Sequence[int]) -> tuple[int, list[TermValue]]:
-        """Symbols of these sizes, flat: their first identifier, and values."""
-        first = m.nodes.symbols(sum(sizes))
-        out, at = [], first
-        for n in sizes:
-            out.append(TermValue(m.field.symbols("leaves", at, n), torch.arange(at, at + n)))
-            at += n
-        return first, out
+        content = self.field.const(number).num.item()
+        return content if self.field.constants.meaning(abs(content)) == (abs(number), 1) else None
 
     # ---- folding
     def outcome(self, signature: int, blocks: Blocks) -> Outcome:
@@ -173,15 +177,14 @@ class Evaluator:
             pattern, used, size = plain
             found = self._outcomes[key] = Outcome(pattern, used, size, all(clean) and s.name not in CONDITIONS, bool(size))
         if found is None:
-            sizes = [self._extent(s, k) for k in range(s.slots)]
-            self.store.parallel = g.parallel
-            first, leaves = self.fresh(self._folding, sizes)
+            sizes, m = [self._extent(s, k) for k in range(s.slots)], self._trying()
+            first, leaves = fresh(m, sizes)
             for k, ok in enumerate(clean):
                 if not ok:
                     start = first + sum(sizes[:k])
-                    self.store.clean[start:start + sizes[k]] = False
-            got = self.apply(self._folding, s, leaves)
-            found = self._outcomes[key] = self._classified(self._folding.ids(got), first, sizes)
+                    m.nodes.clean[start:start + sizes[k]] = False
+            got = apply(m, s, leaves)
+            found = self._outcomes[key] = self._classified(m.nodes, m.ids(got), first, sizes)
         return found
 
     def _plain(self, s: Signature) -> tuple[Pattern, Blocks, int] | None:
@@ -221,7 +224,7 @@ class Evaluator:
         """How many elements of a block the operation can see."""
         return 1 + max(int(p.place[p.slot == slots.index(slot)].max()) for p, slots in zip(s.patterns, s.maps) if slot in slots)
 
-    def _classified(self, ids: torch.Tensor, first: int, sizes: Sequence[int]) -> Outcome:
+    def _classified(self, store: Store, ids: torch.Tensor, first: int, sizes: Sequence[int]) -> Outcome:
         flat, shape = ids.reshape(-1).numpy(), tuple(ids.shape)
         starts = first + np.cumsum([0, *sizes])
         slot, place = np.full(len(flat), len(sizes), I32), np.zeros(len(flat), I64)
@@ -229,13 +232,13 @@ class Evaluator:
         slot[leaf] = np.searchsorted(starts, flat[leaf], side="right") - 1
         place[leaf] = flat[leaf] - starts[slot[leaf]]
         rest = np.flatnonzero(~leaf)
-        fixed, held = self.places(self.store, flat[rest])
+        fixed, held = self.places(store, flat[rest])
         slot[rest[fixed]], place[rest[fixed]] = CONSTANT, held[fixed]
         new = np.flatnonzero(slot == len(sizes))
         _, where, inverse = np.unique(flat[new], return_index=True, return_inverse=True)
         place[new] = new[where][inverse.reshape(-1)]
         pattern, used = self.patterns.make(shape, slot, place)
-        return Outcome(pattern, used, len(flat), bool(self.store.clean[flat[new]].all()), bool(len(new)))
+        return Outcome(pattern, used, len(flat), bool(store.clean[flat[new]].all()), bool(len(new)))
 
 
 def _keys(p: Pattern, slots: Blocks) -> np.ndarray:

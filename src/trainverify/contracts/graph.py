@@ -7,14 +7,36 @@ all values of its leaves is a theorem on all.
 """
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
+
+import torch
 
 from trainverify.contracts.patterns import Blocks, Pattern
 
 LEAF = -1                                     # the signature of symbols
 FIRST = 16                                    # the number of the first element: below are the store's own
+
+
+class Index:
+    """A tensor of positions as an attribute: equal contents are equal."""
+
+    __slots__ = ("tensor", "_key")
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._key = tensor, digest(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def digest(t: torch.Tensor) -> tuple:
+    return tuple(t.shape), hashlib.blake2b(t.contiguous().numpy().tobytes(), digest_size=20).digest()
 
 
 @dataclass(frozen=True, slots=True)

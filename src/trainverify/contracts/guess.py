@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from trainverify.algebra.real import Real, RealValue
-from trainverify.contracts.evaluate import Evaluator
+from trainverify.contracts.evaluate import apply
 from trainverify.contracts.graph import Graph
 from trainverify.contracts.patterns import I64, Blocks
 
@@ -27,9 +27,9 @@ SAMPLES = (32, 4096)                          # elements that are looked for bef
 class Numbers:
     """The elements of blocks at the recorded inputs, computed when asked for."""
 
-    def __init__(self, graph: Graph, evaluator: Evaluator, real: Real, symbols: Sequence[RealValue]):
+    def __init__(self, graph: Graph, real: Real, symbols: Sequence[RealValue]):
         """symbols: the recorded values of the first blocks, flat."""
-        self._graph, self._evaluator, self._real = graph, evaluator, real
+        self._graph, self._real = graph, real
         self._values: dict[int, RealValue] = dict(enumerate(symbols))
         self._ordered: dict[int, np.ndarray] = {}
         self._indexed: set[int] = set()
@@ -85,7 +85,7 @@ class Numbers:
         s = self._graph.signatures[self._graph.signature[block]]
         if s.name == "opaque" and not self._real.knows(s.attr):
             return RealValue(torch.full((self._graph.size[block],), math.nan, dtype=torch.float64))     # nothing is guessed of it
-        value = self._evaluator.apply(self._real, s, [self._values[x] for x in self._graph.operands[block]])
+        value = apply(self._real, s, [self._values[x] for x in self._graph.operands[block]])
         return self._real.reshape(value, (self._graph.size[block],))
 
 

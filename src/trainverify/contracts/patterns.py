@@ -19,12 +19,14 @@ UNKNOWN = int(np.array([0x7FF8_0000_0BAD_F00D], np.uint64).view(I64)[0])      # 
 
 class Pattern:
     """slot, place: per element of `shape`, flattened, the block it comes from (counted within the value; CONSTANT) and its position there.
-    Slots are numbered by first occurrence; `slots` says how many there are. number: equal patterns have equal ones."""
+    Slots are numbered by first occurrence; `slots` says how many there are. number: equal patterns have equal ones. whole: it is the first elements of
+    one block, in order."""
 
-    __slots__ = ("number", "shape", "slot", "place", "slots")
+    __slots__ = ("number", "shape", "slot", "place", "slots", "whole")
 
     def __init__(self, number: int, shape: tuple[int, ...], slot: np.ndarray, place: np.ndarray, slots: int):
         self.number, self.shape, self.slot, self.place, self.slots = number, shape, slot, place, slots
+        self.whole = slots == 1 and bool((slot == 0).all()) and bool((place == np.arange(len(place))).all())
 
     def __repr__(self) -> str:
         return f"Pattern({self.number}, {self.shape}, {self.slots} blocks)"

@@ -1,6 +1,6 @@
 """Work in a second process, beside this one: a forked child that is told something once, and answers once.
 
-The child dies with its parent; a child that dies alone costs its answer only.
+The child dies with its parent; a child that dies alone, outgrows the machine's memory or gives no sign of life for long costs its answer only.
 """
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import traceback
@@ -17,6 +18,8 @@ from typing import Any, NoReturn
 
 from trainverify.processes import die_with
 
+OUT_OF_MEMORY = 77                            # exit code
+SILENCE = 1800.0                              # seconds without any message after which a child hangs
 _STEPS = 40                                   # messages about progress for each phase: a pipe holds that many unread
 
 
@@ -60,10 +63,13 @@ class Beside:
 
     def _next(self) -> tuple[str, Any]:
         try:
+            if not self._mine.poll(SILENCE):
+                raise Lost(f"no sign of life for {SILENCE:g} seconds")
             return self._mine.recv()
         except (EOFError, OSError) as gone:
             self._process.join(5)
-            raise Lost(f"exit code {self._process.exitcode}") from gone
+            code = self._process.exitcode
+            raise Lost("out of memory" if code == OUT_OF_MEMORY else f"exit code {code}") from gone
 
     def close(self) -> None:
         """End the child if it still runs."""
@@ -77,6 +83,7 @@ def _child(work: Callable, pipe: Connection, parent: int) -> NoReturn:
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    limit_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     last: dict[tuple, int] = {}
 
     def told() -> Any:
@@ -99,11 +106,13 @@ def _child(work: Callable, pipe: Connection, parent: int) -> NoReturn:
     try:
         say("done", work(told, progress))
     except BaseException as error:            # whatever it is, the parent raises it
-        say("error", (_sendable(error), traceback.format_exc()))
+        if is_out_of_memory(error):
+            os._exit(OUT_OF_MEMORY)
+        say("error", (sendable(error), traceback.format_exc()))
     os._exit(0)
 
 
-def _sendable(error: BaseException) -> BaseException:
+def sendable(error: BaseException) -> BaseException:
     """The exception, or its words where it does not survive the way to another process."""
     try:
         return error if type(pickle.loads(pickle.dumps(error))) is type(error) else Unsent(_words(error))
@@ -113,3 +122,19 @@ def _sendable(error: BaseException) -> BaseException:
 
 def _words(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
+
+
+def limit_memory(more: int) -> None:
+    """Let this process allocate so many bytes more, and fail at that (where the system knows such a limit)."""
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/status", encoding="ascii") as status:
+        held = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = held + more
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory could not be had: Python's and numpy's word for it, or PyTorch's."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error)

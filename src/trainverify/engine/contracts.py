@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trainverify.contracts.algebra import Contracts
-from trainverify.contracts.theorems import TooMuch
+from trainverify.contracts.docket import Again, Docket, Executor, Here, TooMuch
+from trainverify.diagnostics import Diagnostic
 from trainverify.engine.proof import Lineages, Proof, is_proved, replayed
 from trainverify.ir.trace import Program
 from trainverify.ops.table import OpTable
@@ -18,22 +19,53 @@ from trainverify.relate.symbols import Symbols
 
 
 def prove_by_contracts(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
-                       progress: Callable, lineages: Callable[[], Lineages]) -> Proof | None:
-    """The proof of all outputs, or None."""
+                       progress: Callable, lineages: Callable[[], Lineages], executor: Executor | None = None) -> Proof | None:
+    """The proof of all outputs, or None. executor: who proves theorems (default: this process), which changes nothing in what is found."""
+    docket = Docket(executor or Here())
+    while True:
+        docket.begin()
+        try:
+            proof = _discharged(reference, parallel, table, symbols, seed, progress, lineages, docket)
+        except Again:
+            continue
+        except TooMuch:
+            proof = None
+        return _with_what_was_lost(proof, docket)
+
+
+def _with_what_was_lost(proof: Proof | None, docket: Docket) -> Proof | None:
+    if not docket.lost:
+        return proof
+    proof = proof or Proof()
+    proof.diagnostics.append(Diagnostic("PROVE002", f"theorems of this program were tried twice and have no proof: {'; '.join(docket.lost)}", "warning",
+                                        fix="give the proof more memory, fewer --jobs at a time, or smaller sizes"))
+    return proof
+
+
+def _discharged(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
+                progress: Callable, lineages: Callable[[], Lineages], docket: Docket) -> Proof | None:
+    """What one replay finds, once all that it assumed is proved."""
     try:
-        return _proved(reference, parallel, table, symbols, seed, progress, lineages)
-    except TooMuch:
-        return None
+        proof = _proved(reference, parallel, table, symbols, seed, progress, lineages, docket)
+    except (Again, TooMuch):
+        raise
+    except Exception:
+        docket.close()                        # what was assumed may have led there
+        raise
+    docket.close()
+    if proof is not None:
+        counts, proof.obligations = docket.totals()
+        proof.counts.update(counts)
+    return proof
 
 
 def _proved(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
-            progress: Callable, lineages: Callable[[], Lineages]) -> Proof | None:
-    m = Contracts(seed, [b.first for b in symbols.blocks_in_order], symbols.values, likely_factors(parallel))
+            progress: Callable, lineages: Callable[[], Lineages], docket: Docket) -> Proof | None:
+    m = Contracts(seed, [b.first for b in symbols.blocks_in_order], symbols.values, likely_factors(parallel), docket)
     *worlds, vacuity = replayed(reference, parallel, m, table, symbols, progress)
     comparison = Comparison(symbols, [m], *worlds, lineages())
     comparison.run()
     if vacuity.found or any(machine.diagnostics for w in worlds for machine in w.machines) or undecided(*worlds, m) or not all(is_proved(comparison, key) for key in comparison.compared):
         return None
-    claims = m.evaluator.claims
-    counts = {**claims.counts, "identifiers": m.evaluator.identifiers, "failures": 0, **m.theorems.counts}
-    return Proof(frozenset(comparison.compared), {}, [], (), counts, [p.obligation for p in claims.proofs.values()], [], m.evaluator.field.rounding)
+    counts = {"failures": 0, "evaluated": docket.evaluated, **m.theorems.counts}
+    return Proof(frozenset(comparison.compared), {}, [], (), counts, [], [], m.evaluator.field.rounding)

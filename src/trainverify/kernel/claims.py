@@ -7,7 +7,7 @@ ones is a matter of success only. Rows of one shape are named canonically, so th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import count
@@ -72,7 +72,8 @@ class Failure:
 class Claims:
     """Turns rows into identifiers."""
 
-    def __init__(self, store: Store, guesses: Guesses):
+    def __init__(self, store: Store, guesses: Guesses, decide: Callable[[Obligation], Verdict] | None = None):
+        """decide: `prove` (the default), or what remembers its verdicts."""
         self.store, self.guesses = store, guesses
         self._written, self._choice = Written(store), Choice(store)
         self.failures: list[Failure] = []
@@ -82,6 +83,7 @@ class Claims:
         self._templates: dict[tuple[int, int, Fraction], Template] = {}
         self._verdicts: dict[tuple, tuple[Verdict, Obligation]] = {}
         self._by_content: dict[str, Verdict] = {}
+        self._prove = decide
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
         self.wasted = self._effort = 0                           # nodes of terms, half the steps of proofs, and cells of rows by 64
         self._hopeful = 0                                        # the effort when this claim began, or when something of it was last proved
@@ -89,11 +91,10 @@ class Claims:
         self._short_first = self._too_large = self._plainly = False
         self._shares = Shares(store, self._are_sums)
 
-    def over(self, store: Store, guesses: Guesses) -> Claims:
-        """Claims over another store. What was decided stays decided: an obligation speaks of no store."""
-        new = Claims(store, guesses)
-        new.proofs, new._by_content, new.counts = self.proofs, self._by_content, self.counts
-        return new
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """Digests of all obligations."""
+        return tuple(self._by_content)
 
     def begin_program(self, patient: bool) -> None:
         """Another parallel program: its claims may fail anew, and cost again what claims that fail may cost (nothing more, if not patient)."""
@@ -364,7 +365,7 @@ class Claims:
                 obligation = _with_signs(obligation, names, signs)
             content = digest(obligation)
             if content not in self._by_content:
-                verdict = self._by_content[content] = prove(obligation)
+                verdict = self._by_content[content] = (self._prove or prove)(obligation)
                 self._effort += len(obligation.nodes) + verdict.steps // 2
                 self.counts["obligations"] += 1
                 if isinstance(verdict, Proved):

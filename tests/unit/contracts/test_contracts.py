@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainverify.contracts import algebra, evaluate, guess, theorems
+from trainverify.contracts import algebra, docket, evaluate, guess, theorems
+from trainverify.contracts.docket import Docket, Here
 from trainverify.contracts.patterns import CONSTANT, Patterns, contents
 from trainverify.engine import analysis
 from trainverify.engine.analysis import survey
@@ -15,6 +16,7 @@ from trainverify.engine.options import Options
 from trainverify.engine.passes import replay_both
 from trainverify.engine.proof import Lineages, Proof
 from trainverify.ir.files import load_program
+from trainverify.kernel.store import Store
 from trainverify.kernel.terms import digest
 from trainverify.ops.standard import standard_table
 from trainverify.relate.symbols import Symbols
@@ -191,7 +193,7 @@ def test_guesses_decide_nothing(spec, monkeypatch):
 
 
 def test_a_program_that_needs_too_much_is_left_to_the_other_proof(spec, monkeypatch):
-    monkeypatch.setattr(theorems, "EFFORT", 10)
+    monkeypatch.setattr(docket, "EFFORT", 10)
     assert prove(*captured(spec, layers=2)) is None
 
 
@@ -211,21 +213,22 @@ def test_patterns_move_as_tensors_do():
     (Fraction(10 ** 20 + 1, 3 * 10 ** 20), False), (Fraction(2 ** 60 + 1), False), (1 + Fraction(1, 10 ** 30), False), (Fraction(1, 10 ** 400), False),
     (Fraction(10 ** 400), False)], ids=str)
 def test_a_number_is_held_as_float64_only_if_that_means_the_number(number, held):
-    m = algebra.Contracts(0, [], np.zeros(0), ())
-    fixed, places = m.evaluator.places(m.evaluator.store, np.array([m.evaluator.store.constant(number)]))
+    m = algebra.Contracts(0, [], np.zeros(0), (), Docket(Here()))
+    store = Store()
+    fixed, places = m.evaluator.places(store, np.array([store.constant(number)]))
     assert fixed.tolist() == [held]
     if held:
         assert contents(places).item() == float(number) and m.nodes.constants.get(m.nodes.number(int(places[0]))) == number
 
 
 def test_constants_need_no_blocks():
-    m = algebra.Contracts(0, [], np.zeros(0), ())
+    m = algebra.Contracts(0, [], np.zeros(0), (), Docket(Here()))
     assert m.equal(m.const(3), m.const(3)).item() and not m.equal(m.const(3), m.const(4)).item()
 
 
 def test_a_product_by_a_factor_is_one_block(monkeypatch):
     """What a theorem makes of a block may be the operation that made it."""
-    m = algebra.Contracts(0, [0], np.arange(1.0, 4.0), (Fraction(2),))
+    m = algebra.Contracts(0, [0], np.arange(1.0, 4.0), (Fraction(2),), Docket(Here()))
     x = m.symbols("x", 0, 3)
     m.begin_side("parallel")
     theorem = theorems.Theorem(0, (), (), m.pattern(x), (0,), Fraction(2), None)
@@ -257,7 +260,7 @@ def test_what_float64_shows_outweighs_a_proof_by_contracts(spec, deep, wrong, mo
     """A prover that proves everything: outputs that differ at the recorded inputs are looked at in the field."""
     programs = captured(spec, layers=3, wrong=wrong)
 
-    def everything(reference, parallel, table, symbols, seed, progress, lineages):
+    def everything(reference, parallel, table, symbols, seed, progress, lineages, executor):
         return Proof(frozenset((c.kind, c.name, c.step) for c in replay_both(reference, parallel, table, symbols, None, progress).reference.machines[0].outputs))
     monkeypatch.setattr(analysis, "prove_by_contracts", everything)
     found = analysis.analyse(*programs)
@@ -271,10 +274,10 @@ def test_places_that_are_accepted_for_nothing_are_told_of_deep_programs(spec, de
     assert found.first.field is None and [d.code for d in found.diagnostics if d.code == "ACC001"]
 
 
-def test_theorems_share_no_store_and_what_was_proved_stays_proved(spec, monkeypatch):
+def test_operations_share_no_store(spec, monkeypatch):
     programs = captured(spec, layers=3)
     plain = prove(*programs)
-    monkeypatch.setattr(evaluate, "ROOM", 0)                  # a new store for each theorem
+    monkeypatch.setattr(evaluate, "ROOM", 0)                  # a new store for each operation that is tried
     alone = prove(*programs)
     assert alone is not None and alone.proved == plain.proved and alone.counts["theorems"] == plain.counts["theorems"]
     assert {o for o in map(digest, alone.obligations)} == {o for o in map(digest, plain.obligations)} and alone.counts["obligations"] == plain.counts["obligations"]
