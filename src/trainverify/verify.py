@@ -306,7 +306,7 @@ def _compare(report: Report, reference, parallel, extra_rows, options: Options, 
     if options.dry_run:
         return fill_survey(report, survey(reference, parallel, extra_rows=extra_rows, progress=progress), reference, parallel, groups)
     watch = Watch(reference, parallel)
-    analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, jobs=options.jobs, progress=progress, watch=watch,
+    analysis = analyse(reference, parallel, seed=options.seed, accept=options.accept, extra_rows=extra_rows, jobs=options.jobs, ray=options.address, progress=progress, watch=watch,
                        in_field=options.self_test)
     findings, explained = [], {}
     if analysis.second is not None:

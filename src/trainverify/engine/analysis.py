@@ -10,6 +10,7 @@ from trainverify.engine.beside import Beside, Lost
 from trainverify.engine.facts import Facts
 from trainverify.engine.inputs import elsewhere
 from trainverify.engine.contracts import prove_by_contracts
+from trainverify.engine.executor import executor
 from trainverify.engine.passes import Laps, Pass, Seen, replay_both
 from trainverify.engine.proof import Lineages, Proof
 from trainverify.engine.prove import Prover, prove_programs
@@ -60,16 +61,18 @@ class Analysis:
         return f"equal at {2 if self.second is None else 4} field points, error <= 2^-{self.first.field.error_bits}"
 
 
-def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(), jobs: int = 1,
+def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(), jobs: int = 1, ray: str = "",
             progress: Callable = lambda *a, **k: None, watch=None, proofs: bool = True, in_field: bool = False) -> Analysis:
     """Replay, compare, prove and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for
-    diagnosis) sees the values of that second pass. With two jobs the proof is made in a process of its own, beside all that; of a program that
-    differs, only what comes before the last output that does not is looked at. Without proofs nothing is PROVED. A program of many calls that
+    diagnosis) sees the values of that second pass. With two jobs or more the proof is made in a process of its own, beside all that, and theorems in
+    further ones (ray: in a cluster with this address); of a program that differs, only what comes before the last output that does not is looked at.
+    Without proofs nothing is PROVED. A program of many calls that
     contracts prove is not replayed in the field, but where that is asked for (in_field)."""
     laps, table, symbols = Laps(), standard_table(extra_rows), Symbols(reference)
     calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
+    lost: list[Diagnostic] = []
     if proofs and calls > DEEP and not in_field:
-        outright = _outright(reference, parallel, table, symbols, seed, accept, jobs, laps, progress)
+        outright = _outright(reference, parallel, table, symbols, seed, accept, (jobs, ray), laps, progress, lost)
         if outright is not None:
             return outright
 
@@ -91,6 +94,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
         return witnesses
     if proofs:
         found.judgements = at_other_inputs(found.judgements, found.first, found.diagnostics, find)
+    found.diagnostics += lost
     return found
 
 
@@ -121,13 +125,14 @@ def _analyse(reference: Program, parallel: Program, table: OpTable, symbols: Sym
     return Analysis(table, symbols, first, second, proof, judgements, diagnostics, seen.facts, seen.coverage, reference.traces[0].steps, accepted, held, laps.phases)
 
 
-def _outright(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], jobs: int,
-              laps: Laps, progress: Callable) -> Analysis | None:
+def _outright(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int, accept: tuple[str, ...], where: tuple[int, str],
+              laps: Laps, progress: Callable, lost: list[Diagnostic]) -> Analysis | None:
     """All outputs proved by contracts, beside a replay in float64, or some refuted by that of very many calls; None: something is not, or float64 or a
-    diagnostic says otherwise."""
+    diagnostic says otherwise. where: processes, and the address of a cluster; lost: gets what the other proof's report should say of this one."""
     def prove(told: Callable[[], Lineages], report: Callable) -> Proof | None:
-        return prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, told)
-    beside = Beside(prove) if jobs > 1 else None
+        with executor(*where) as theorems:
+            return prove_by_contracts(reference, parallel, table, symbols, 2 * seed + 3, report, told, theorems)
+    beside = Beside(prove) if where[0] > 1 else None
     try:
         seen = Seen(reference, table)
         first = replay_both(reference, parallel, table, symbols, None, progress, seen)
@@ -143,9 +148,10 @@ def _outright(reference: Program, parallel: Program, table: OpTable, symbols: Sy
         if beside is not None:
             beside.close()
     laps.end("prove", _work(proof) if proof else "not by contracts")
+    lost += [d for d in proof.diagnostics if d.code == "PROVE002"] if proof is not None else ()
     if proof is None or not proof.proved.issuperset(compared):
         return None
-    diagnostics += idle_accepts(accept, ())
+    diagnostics += [*idle_accepts(accept, ()), *lost]
     judgements = [Judgement(c, "PROVED") for c in compared.values()]
     return Analysis(table, symbols, first, None, proof, judgements, diagnostics, seen.facts, seen.coverage, reference.traces[0].steps, phases=laps.phases)
 
@@ -158,8 +164,12 @@ def _told(first: Pass, prove: Callable, beside: Beside | None, progress: Callabl
     progress("prove")
     try:
         return beside.answer(lineages, progress)
+    except Lost:
+        again = Beside(prove)
+    try:
+        return again.answer(lineages, progress)
     except Lost as lost:
-        return Proof(diagnostics=[Diagnostic("PROVE001", f"the process that proves was lost ({lost}): nothing is proved", "warning",
+        return Proof(diagnostics=[Diagnostic("PROVE001", f"the process that proves was lost twice ({lost}): nothing is proved", "warning",
                                              fix="if memory ran out, verify with --jobs 1, fewer steps or smaller sizes")])
 
 
