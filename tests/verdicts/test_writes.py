@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from judge import assert_equal, assert_not_equal, assert_refuted, codes, line_of, messages, summary
-from pairs import compare, compare_forward, forward
+from pairs import compare, compare_forward, forward, sgd, update
 
 
 def product(h):
@@ -101,6 +101,17 @@ def test_result_that_nobody_waits_for():
         return h * 0 + half * 2
 
     assert_race(compare(forward(right), forward(wrong), ranks=2), line_of(wrong, "half * 2"))
+
+
+def test_a_gradient_that_is_taken_before_its_wait_is_named():
+    works = []                                # kept: a work that nobody holds counts as waited for by nobody all the same
+
+    def hasty(parameters):
+        works.append(dist.all_reduce(parameters[0].grad.div_(2), async_op=True))
+
+    report = compare(update(sgd), update(sgd, hasty), ranks=2)
+    assert_not_equal(report)
+    assert any("the gradient w, as it is taken here, reads the result of an asynchronous all_reduce" in d.message for d in messages(report)), summary(report)
 
 
 def test_input_is_overwritten_before_the_wait():

@@ -5,6 +5,7 @@ never comes or a deadlock. Where the others wait is told in the notes. Everythin
 """
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -247,8 +248,17 @@ def _raise(members: list[Member]) -> Diagnostic:
         return Diagnostic("RUN015", f"{who}: {text}", "internal", span, ranks, tuple(raised.traceback.splitlines()[-12:]),
                           "This is a bug in TrainVerify; please report it with this traceback.")
     notes = [frame_text(frame) for frame in reversed(raised.frames)]
+    notes += [f"raised at {place}" for place in [_deepest(raised)] if not raised.text and place]
     notes += [f"rank {m.rank}: {m.raised.text}" for m in members[1:] if m.raised.text != raised.text]
     return Diagnostic("RUN009", f"{who} raised {text}", span=span, ranks=ranks, notes=tuple(notes), fix=f"Correct what it states. {_PRINTED}")
+
+
+def _deepest(raised: Raised) -> str:
+    """Where an exception that says nothing was raised, in whatever library: FILE:LINE in FUNCTION: SOURCE."""
+    lines = raised.traceback.splitlines()
+    at = max((i for i, line in enumerate(lines) if line.startswith('  File "')), default=None)
+    found = None if at is None else re.match(r'  File "(?:.*/site-packages/)?(.*)", line (\d+), in (.*)', lines[at])
+    return "" if found is None else f"{found[1]}:{found[2]} in {found[3]}: {''.join(lines[at + 1:at + 2]).strip()}"
 
 
 def _innermost(raised: Raised) -> Span | None:

@@ -325,13 +325,13 @@ class Machine:
                 mem.drop(sid)
 
     # ---- asynchronous work
-    def _check_pending(self, call: OpCall) -> None:
-        """Between issue and wait of a collective its outputs are garbage and its inputs are frozen."""
+    def _check_pending(self, call: OpCall, who: str = "") -> None:
+        """Between issue and wait of a collective its outputs are garbage and its inputs are frozen. who: in words, what reads."""
         reads, writes = list(inputs(call)), list(call.writes)
         for work, op in list(self.pending.items()):
             c = op.collective
             if any(overlap(r, o) for r in reads for o in c.outputs):
-                self.diagnose("REL007", f"{call.name} reads the result of an asynchronous {c.kind} before its wait", call,
+                self.diagnose("REL007", f"{who or call.name} reads the result of an asynchronous {c.kind} before its wait", call,
                               notes=(f"issued at {self.span(op)}",), fix="call wait() on the returned work before the result is used")
             elif any(overlap(w, i) for w in writes for i in c.inputs):
                 self.diagnose("REL007", f"{call.name} overwrites an input of an asynchronous {c.kind} before its wait", call,

@@ -220,7 +220,7 @@ class World:
         group = call.kwargs.get("group")
         ref = value if isinstance(value, TensorRef) else None
         if machine.pending and ref is not None:
-            machine._check_pending(OpCall(call.index, call.name, (ref,), {}, None, span=call.span))
+            machine._check_pending(OpCall(call.index, call.name, (ref,), {}, None, span=call.span), f"the {kind} {name}, as it is taken here,")
         values: dict = {}
         native = None
         if isinstance(value, (TensorRef, ScalarRef)):

@@ -218,6 +218,23 @@ def test_ranks_that_raise_alike_are_one_fault():
     assert (fault.code, fault.ranks) == ("RUN009", (0, 1, 2))
 
 
+def test_an_exception_that_says_nothing_is_told_by_its_place():
+    """Where it was raised, in whatever library, though the fault names the program's own line."""
+    def silent(rank):
+        import contextlib
+        contextlib.ExitStack().enter_context(Silent())
+
+    class Silent:
+        def __enter__(self):
+            raise AssertionError
+
+        def __exit__(self, *exc):
+            return None
+
+    notes = only(faults(1, silent)).notes
+    assert any(n.startswith("raised at ") and n.endswith("in __enter__: raise AssertionError") for n in notes), notes
+
+
 def test_sys_exit_is_a_fault():
     assert only(faults(1, lambda rank: sys.exit(3))).code == "RUN009"
 
