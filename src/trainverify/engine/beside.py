@@ -16,6 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+import torch
+
 from trainverify.processes import die_with
 
 OUT_OF_MEMORY = 77                            # exit code
@@ -84,6 +86,7 @@ def _child(work: Callable, pipe: Connection, parent: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     limit_memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    torch.set_num_threads(1)                  # the threads of the process that was forked are not here, and would be waited for
     last: dict[tuple, int] = {}
 
     def told() -> Any:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import torch
+
 from trainverify.contracts.docket import Lost
 from trainverify.engine.beside import OUT_OF_MEMORY, is_out_of_memory, limit_memory, sendable
 from trainverify.processes import die_with
@@ -204,6 +206,7 @@ def _serve(work: Callable[[bytes], Any], mine: socket.socket, others: list[socke
         for s in others:
             s.close()
         limit_memory(memory)
+        torch.set_num_threads(1)             # the threads of the process that was forked are not here, and would be waited for
         while (head := _exactly(mine, _HEAD.size)) and (data := _exactly(mine, _HEAD.unpack(head)[0])) is not None:
             reply = pickle.dumps(_done(work, data))
             mine.sendall(_HEAD.pack(len(reply)) + reply)
