@@ -1,11 +1,14 @@
 """Floats that leave tensors for Python and come back: tracked, or what depends on them is not equal."""
+import io
 import math
+import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, line_of
+from judge import assert_equal, assert_not_equal, assert_not_refuted, assert_refuted, assert_unknown, codes, line_of, summary
 from pairs import compare, compare_forward, sgd, update
 
 MAX_NORM = 0.5
@@ -185,3 +188,43 @@ def test_bias_correction_by_a_stale_step():
     def mine(parameters):
         return Adam(parameters, lambda step: (1 - 0.9 ** 1, 1 - 0.999 ** 1))
     assert_refuted(compare(update(torch_adam), update(mine), steps=2), line_of(Adam, "p.sub_"))
+
+
+# -- tensors whose bytes leave and come back
+
+def by_save(g):
+    file = io.BytesIO()
+    torch.save({"g": g}, file)
+    file.seek(0)
+    return torch.load(file)["g"]
+
+
+def by_pickle(g):
+    return pickle.loads(pickle.dumps(torch.nn.Parameter(g))).detach()
+
+
+def by_object_collective(g):
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, g)
+    return found[0]
+
+
+@pytest.mark.parametrize("way", [by_save, by_pickle, by_object_collective])
+def test_a_gradient_that_is_saved_and_loaded_is_no_constant(way):
+    """The recorded inputs alone do not tell it from a constant: neither a proof nor a difference at other inputs may rest on that."""
+    def after(parameters):
+        for p in parameters:
+            p.grad = way(p.grad)
+    report = compare(update(sgd), update(sgd, after), ranks=2)
+    assert_not_equal(report, "w")
+    assert_not_refuted(report)
+    assert "CAP006" in codes(report), summary(report)
+
+
+def test_saved_gradients_on_both_sides_are_not_proved():
+    def after(parameters):
+        for p in parameters:
+            p.grad = by_save(p.grad)
+    report = compare(update(sgd, after), update(sgd, after))
+    assert_not_equal(report, "w")
+    assert_not_refuted(report)

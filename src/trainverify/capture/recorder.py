@@ -38,6 +38,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # Draws that make up data; those that look at what they are given (bernoulli, dropout) do not.
 _DRAWS = frozenset({"randn", "rand", "normal", "normal_", "uniform", "uniform_", "exponential_", "log_normal_"})
 # Accesses to memory that torch's own code makes all the time and that give no value to Python.
+_REDUCES, _PICKLE_DEPTH = torch.Tensor._reduce_ex_internal.__code__, 12
 _MEMORY_ACCESS = frozenset({"data_ptr", "untyped_storage", "storage", "typed_storage"})
 
 
@@ -387,7 +388,7 @@ class Recorder(TorchDispatchMode):
 
     def escape(self, how: str, what: ScalarRef | torch.Tensor) -> None:
         if isinstance(what, torch.Tensor):
-            if type(what) not in _PLAIN or (how in _MEMORY_ACCESS and not _called_by_user()):
+            if type(what) not in _PLAIN or (how in _MEMORY_ACCESS and not (_called_by_user() or _pickled())):
                 return
             with unseen():
                 plain = self._plain(what)
@@ -407,6 +408,16 @@ def _called_by_user() -> bool:
     while frame is not None and "/trainverify/capture/" in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and is_user_file(frame.f_code.co_filename)
+
+
+def _pickled() -> bool:
+    """Whether the memory is asked for to be pickled: by torch.save, a checkpoint, an object collective. Its bytes may come back as another tensor."""
+    frame, depth = sys._getframe(2), 0
+    while frame is not None and depth < _PICKLE_DEPTH:
+        if frame.f_code is _REDUCES:
+            return True
+        frame, depth = frame.f_back, depth + 1
+    return False
 
 
 def _collect(a, found: list[torch.Tensor]) -> None:
