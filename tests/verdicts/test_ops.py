@@ -1,6 +1,7 @@
 """Operations that the table does not have, or that are random: no result rather than a guess."""
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -78,3 +79,28 @@ def test_dropout_outside_training():
     def kept(h):
         return F.dropout(h * 2, 0.5, training=False)
     assert_equal(compare_forward(twice, kept))
+
+
+# -- 8 bits
+
+def scaled_cast(h, dtype=torch.float8_e4m3fn, back=1.0):
+    """Through 8 bits and back, straight through for gradients."""
+    amax = h.detach().abs().max()
+    narrow = (h.detach() / amax * 448).to(dtype)
+    return h + (narrow.to(h.dtype) * amax / 448 * back - h).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cast_to_8_bits_is_the_identity(dtype):
+    """As every cast between floats is: an assumption of the report."""
+    def narrow(h):
+        return scaled_cast(h, dtype)
+    report = compare_forward(narrow, narrow)
+    assert_equal(report)
+    assert any("casts between float types" in a.text for a in report.assumptions), report.assumptions
+
+
+def test_what_follows_a_cast_to_8_bits_is_compared():
+    def other(h):
+        return scaled_cast(h, back=1.5)
+    assert_refuted(compare_forward(scaled_cast, other))
