@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,10 +110,19 @@ def _read_trace(classes: Classes, layout: Layout, table: OpTable, meetings: Meet
                 classes.unread.add((*layout.where, call.index))
         if not call.name.startswith(BUNDLES):
             classes.notes.meets.append(tuple(dict.fromkeys(s for ref in references(call) for s in layout.dims(ref) if s != ONE)))
-            classes.notes.times.append(alike[call.index])
+            classes.notes.work += [(dims, alike[call.index]) for dims in _worked(layout, call)]
     for call in layout.trace.ops:
         if call.collective is not None:
             meetings.add(layout, call)
+
+
+def _worked(layout: Layout, call: OpCall) -> Iterator[tuple[int, ...]]:
+    """What a call looks at: its tensors' elements, and attention a score for each query with each key."""
+    for ref in references(call):
+        dims = layout.dims(ref)
+        yield dims
+        if base(call.name).startswith("_scaled_dot_product") and len(dims) == 4:
+            yield (*dims[:3], dims[2])
 
 
 def _apply(classes: Classes, layout: Layout, call: OpCall, table: OpTable) -> None:

@@ -40,7 +40,7 @@ class Notes:
     rows: Any = None                                                # known.Rows
     often: list[tuple[int, int, np.ndarray]] = field(default_factory=list)     # (rows, where they are from, which index each is): each index as often
     multiples: list[tuple[int, int]] = field(default_factory=list)  # (space, n): a kernel takes multiples of n alone
-    times: list[int] = field(default_factory=list)                  # of each of these: how many calls are like it
+    work: list[tuple[tuple[int, ...], int]] = field(default_factory=list)      # the dimensions of each tensor of a call; how many calls are like it
 
 
 class Facts:

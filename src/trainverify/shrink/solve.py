@@ -138,16 +138,19 @@ def solve(classes: Classes, wanted: Problem) -> Sizes:
 def _prices(classes: Classes, wanted: Problem) -> dict[int, int]:
     """For each atom, what one more index of it adds to the work of all calls, in thousandths of what the dearest one adds."""
     s, work = classes.spaces, Counter()
-    for meet, times in zip(classes.notes.meets, classes.notes.times, strict=True):
-        work[tuple(sorted({s.find(d) for d in meet} - {ONE}))] += times
+    reachable = {ONE, *(a for d in classes.computed for a in s.atoms(d))}
+    for spaces, times in classes.notes.work:
+        dims = [d for d in map(s.find, spaces) if d != ONE]
+        if all(reachable.issuperset(s.atoms(d)) for d in dims):      # the others are evaluated once, at their size
+            work[tuple(sorted(dims))] += times
     count = {a: s.size(a) if a in wanted.full else wanted.least[a] for a in atoms_of(classes)}
     added: Counter = Counter()
     for dims, times in work.items():
         now = times * math.prod(counted(s, d, count) for d in dims)
-        for a in {a for d in dims for a in s.atoms(d)} & count.keys():
+        for a in {a for d in set(dims) for a in s.atoms(d)} & count.keys():
             more = {**count, a: count[a] + 1}
             added[a] += times * math.prod(counted(s, d, more) for d in dims) - now
-    dearest = max(added.values(), default=1)
+    dearest = max((n for a, n in added.items() if a not in wanted.full), default=1)
     return {a: 1 + round(1000 * added[a] / dearest) for a in count}
 
 
