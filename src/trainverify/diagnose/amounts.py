@@ -22,6 +22,10 @@ BIASED = ("aten.addmm.default", "aten.baddbmm.default")
 MULTIPLIES = ("aten.div.Tensor", "aten.mul.Tensor", "aten.clone.default")
 _FIRST, _LAST, _BACKWARD = "first", "last", "backward"       # where a loss is weighed
 NEAREST = 3                                   # lines of each sort that are tried
+# What a share stays a share under.
+LINEAR = {"add", "add_", "sub", "sub_", "rsub", "neg", "mul", "mul_", "div", "div_", "sum", "mean", "copy_", "clone", "_to_copy", "cat", "stack", "view", "_unsafe_view",
+          "reshape", "slice", "select", "index", "index_select", "constant_pad_nd", "native_dropout", "split_with_sizes_copy", "split_copy", "_foreach_add", "_foreach_copy_"}
+MOST_READERS = 40
 
 
 class Amounts:
@@ -31,15 +35,28 @@ class Amounts:
     # ---- one term
     def addends(self, nodes: Iterable[Node]) -> Iterator[Candidate]:
         """A term of a sum that is reduced afterwards, counted once instead of once by every rank; or not at all."""
-        sizes = sorted({len(g) for family in self.places.families() for g in family.values()})
         for node in self._lines(nodes, lambda call: call.name in ADDEND and not self._is_hook(call)):
             call, line = self.flow.call(node), self._words(node)
             what = "the bias" if call.name in BIASED else "what is added"
-            for factor in (*(Fraction(1, n) for n in sizes), Fraction(0)):
+            for factor in (*(Fraction(1, n) for n in self._reduced_over(node)), Fraction(0)):
                 too_many = f"{1 / factor - 1} x {what} at {line}, which each of {1 / factor} ranks adds" if factor else f"{what} at {line}"
                 means = Relation("additive term", "REL014", f"parallel = reference + {too_many}", detail=f"a term too many: {too_many}")
                 words = f"count {what} at {line} {factor} times: {1 / factor} ranks add it to their shares" if factor else f"leave out {what} at {line}"
                 yield Candidate(words, self._weighed(node, factor), means, node)
+
+    def _reduced_over(self, node: Node) -> list[int]:
+        """Over how many ranks what a call makes is summed, as it is or moved, added to and scaled: the sizes of the groups."""
+        sizes, seen, todo = set(), {node}, [node]
+        while todo and len(seen) < MOST_READERS:
+            n = todo.pop(0)
+            c = self.flow.call(n).collective
+            if c is not None and c.reduce_op in ("sum", "avg"):
+                sizes.add(len(c.group))
+            elif n == node or c is None and self.flow.call(n).name.split(".")[1] in LINEAR:
+                new = [r for r in self.flow.readers(n) if r not in seen]
+                seen.update(new)
+                todo += new
+        return sorted(sizes - {1})
 
     def _weighed(self, node: Node, factor: Fraction) -> Edit:
         edit = Edit()

@@ -33,6 +33,7 @@ from trainverify.report.model import Finding, Repair
 CANNOT_RUN = (ReplayError, RuntimeError, ValueError, LookupError, ArithmeticError, Fault)   # what an edit that does not fit the program makes of a replay
 EARLY = {"gradient", "scalar"}                # outputs that a step has before its updates
 MOST_TRIALS = 24                              # field replays in one run, over all findings
+LITTLE = 0.7                                  # of the calls: what is worth a look before all of them are replayed
 
 
 @dataclass(slots=True)
@@ -115,7 +116,7 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
     first = {k for k in first if k[0] in EARLY} or first
     before = _wrong(job.analysis.second.comparison, job.analysis.second.comparison.compared)
     sound = {k for k in job.analysis.second.comparison.compared if k[2] == step and k[0] in EARLY and k not in before}
-    edit, chosen, right, whole = Edit(), {}, set(), None
+    quick, edit, chosen, right, whole = _Quick(job.parallel, step), Edit(), {}, set(), None
     likely: dict[int, Candidate] = {}
     for i, cause in enumerate(job.told.causes):
         early = {k for k in concerned[i] if k[2] == step}
@@ -130,7 +131,7 @@ def _chosen(job: Job, concerned: dict[int, set[Key]], wrong: set[Key]) -> tuple[
             if both is None or job.trials >= MOST_TRIALS * (i + 1) // len(job.told.causes):
                 continue                      # the next finding may be the one that a repair is found for
             edited = applied(job.parallel, both)
-            tried = _tried(job, edited, step, updates_later)
+            tried = _tried(job, edited, step, updates_later, quick.among(early) if updates_later else None)
             if tried is None or (still := tried.still_wrong(first)) & early or tried.still_wrong(sound):
                 continue
             tried = _tried(job, edited)
@@ -156,15 +157,24 @@ def _together(job: Job, likely: dict[int, Candidate], first: set[Key], wrong: se
     return ({}, None) if tried is None or tried.still_wrong(wrong) else (likely, tried)
 
 
-def _tried(job: Job, program: Program, step: int = 0, updates_later: bool = False) -> Trial | None:
-    """The edited program replayed in the field, up to the end of a step (0: to its own end), or of it only what precedes updates; None if it cannot run."""
+def _tried(job: Job, program: Program, step: int = 0, updates_later: bool = False, first: Key | None = None) -> Trial | None:
+    """The edited program replayed in the field, up to the end of a step (0: to its own end), or of it only what precedes updates; None if it cannot run,
+    or if an output that takes little work (first) is still wrong."""
     job.trials += 1
     job.progress("repair", f"candidate {job.trials}")
+    if first is not None:
+        alone = _replayed(job, program, lambda: _only(program, first))
+        if alone is None or alone.still_wrong({first}):
+            return None
+    return _replayed(job, program, lambda: program if not step else _before_updates(program, step) if updates_later else _until(program, step))
+
+
+def _replayed(job: Job, program: Program, cut: Callable[[], Program]) -> Trial | None:
+    """A part of the edited program, replayed in the field; None if it cannot run."""
     watched, symbols = job.analysis.second, job.analysis.symbols
     binder = Binder(symbols, [watched.field])
     try:
-        cut = program if not step else _before_updates(program, step) if updates_later else _until(program, step)
-        world = replay(cut, [watched.field], job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
+        world = replay(cut(), [watched.field], job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
         found = Lineages(watched.comparison.ref_lineage, watched.comparison.lineage)
         comparison = Comparison(symbols, [watched.field], watched.reference, world, found)
         comparison.run()
@@ -189,6 +199,29 @@ def _doubled(job: Job, edit: Edit, probe: Edit) -> World | None:
         return replay(cut, algebras, job.analysis.table, Hooks(symbol=binder.symbol, bind=binder.bind))
     except CANNOT_RUN:
         return None
+
+
+class _Quick:
+    """Which scalar of a step takes little work: a loss needs no backward. A candidate that does not mend it need not be replayed further."""
+
+    def __init__(self, program: Program, step: int):
+        self._program, self._step = program, step
+        self._found: dict[Key, bool] = {}
+
+    def among(self, keys: Iterable[Key]) -> Key | None:
+        """The first of these outputs that takes less than most of what all outputs before the updates take."""
+        return next((k for k in sorted(keys) if k[0] == "scalar" and self._takes_little(k)), None)
+
+    def _takes_little(self, key: Key) -> bool:
+        if key not in self._found:
+            part, whole = (sum(len(t.ops) for t in p.traces) for p in (_only(self._program, key), _before_updates(self._program, self._step)))
+            self._found[key] = part < LITTLE * whole
+        return self._found[key]
+
+
+def _only(program: Program, key: Key) -> Program:
+    """What one output is computed from."""
+    return needed(program, [(t.rank, c.index) for t in program.traces for c in t.ops if c.name == "tv.output" and tuple(c.args[:3]) == key], False)
 
 
 def _until(program: Program, step: int) -> Program:

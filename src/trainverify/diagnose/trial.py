@@ -107,14 +107,14 @@ def sliced(program: Program, wanted: Iterable[Node], key: Key) -> Program:
     return needed(program, [*wanted, *outputs])
 
 
-def needed(program: Program, starts: list[Node]) -> Program:
-    """Only these calls and what they were computed from, with every decision that Python took before them."""
+def needed(program: Program, starts: list[Node], decided: bool = True) -> Program:
+    """Only these calls and what they were computed from, and (decided) with every decision that Python took before them."""
     flow = Dataflow(program)
     ends = {t.rank: 0 for t in program.traces}
     for rank, index in starts:
         ends[rank] = max(ends[rank], index)
     keep: set[Node] = set()
-    stack = [*starts, *((t.rank, c.index) for t in program.traces for c in t.ops if c.name in CONTROL and c.index <= ends[t.rank])]
+    stack = [*starts, *((t.rank, c.index) for t in program.traces for c in t.ops if decided and c.name in CONTROL and c.index <= ends[t.rank])]
     while stack:
         node = stack.pop()
         if node in keep:

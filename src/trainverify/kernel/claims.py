@@ -30,7 +30,9 @@ LADDER = ((300, False), (300, True), (2000, False))
 DEPTH = 24                                    # unfoldings in a row
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 PATIENCE = 200_000                            # effort that a run may lose to claims that fail, plus half the number of identifiers; then it unfolds no more
-ALONE = 40_000                                # effort that one claim may cost in a row without that any of its rows is proved
+# Effort that one claim may cost in a row without that any of its rows is proved: of the parallel program; of the reference, where a claim
+# that fails loses nothing but that its twins are two identifiers; and that something is zero which the reference could not show to be zero.
+ALONE, ALONE_IN_REFERENCE, ALONE_AS_ZERO = 40_000, 10_000, 5_000
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SHARES = 64                                   # summands up to which a sum may be one of shares
 SUMS = 32                                     # rows of a call that are tried as long sums
@@ -87,6 +89,7 @@ class Claims:
         self._failed: Counter[tuple[int, int, Fraction]] = Counter()
         self.wasted = self._effort = 0                           # nodes of terms, half the steps of proofs, and cells of rows by 64
         self._hopeful = 0                                        # the effort when this claim began, or when something of it was last proved
+        self._alone = ALONE
         self._not_zero: set[int] = set()      # operations whose rows could not be shown to be zero though they seem to be
         self._short_first = self._too_large = self._plainly = False
         self._shares = Shares(store, self._are_sums)
@@ -129,7 +132,8 @@ class Claims:
         zero = unsure[(reps[unsure] == ZERO_ID) & (out[unsure] < 0)] if store.parallel else unsure[:0]
         skipped = zero if code in self._not_zero else zero[:0]    # the reference has what it could not show to be zero, nor could sums like these be
         tried = np.flatnonzero((reps >= 0) & (out < 0))
-        self._merge(code, rows, keys, out, np.setdiff1d(tried, skipped), reps, Fraction(1))
+        self._merge(code, rows, keys, out, np.setdiff1d(tried, zero), reps, Fraction(1))
+        self._merge(code, rows, keys, out, np.setdiff1d(zero, skipped), reps, Fraction(1), ALONE_AS_ZERO)
         failed = np.flatnonzero((reps >= 0) & (out < 0))
         if (out[zero] < 0).any():
             self._not_zero.add(code)
@@ -174,10 +178,11 @@ class Claims:
             self._written.write_out(code, rows, ids)
         return ids
 
-    def _merge(self, code: int, rows, keys, out: np.ndarray, at: np.ndarray, reps: np.ndarray, c: Fraction) -> None:
-        """Prove the claims rows[at] = c * reps[at]; out gets the identifiers of those that are."""
+    def _merge(self, code: int, rows, keys, out: np.ndarray, at: np.ndarray, reps: np.ndarray, c: Fraction, alone: int | None = None) -> None:
+        """Prove the claims rows[at] = c * reps[at]; out gets the identifiers of those that are. alone: what they may cost in a row, if that is less than usual."""
         if not at.size:
             return
+        self._alone = alone if alone is not None else ALONE if self.store.parallel else ALONE_IN_REFERENCE
         proved = self.claim(code, rows[at], reps[at], c)
         at = at[proved]
         if at.size:
@@ -398,7 +403,7 @@ class Claims:
         return hit, self._unfold_at(key, rows, hit, split, limit, depth, obligation)
 
     def _is_patient(self) -> bool:
-        return self.wasted < PATIENCE + self.store.n // 2 and self._effort - self._hopeful < ALONE
+        return self.wasted < PATIENCE + self.store.n // 2 and self._effort - self._hopeful < self._alone
 
     def _unfold_at(self, key, rows: np.ndarray, hit: np.ndarray, split: int, limit: int, depth: int, obligation: Obligation | None) -> np.ndarray:
         """Which rows are proved with the definitions of the identifiers at some positions."""

@@ -7,6 +7,7 @@ from torch import nn
 
 import trainverify as tv
 from test_repair import line, total
+from trainverify.diagnose import repair
 from trainverify.report.model import Report
 
 ROWS, WIDTH, CLASSES = 6, 4, 5
@@ -233,3 +234,73 @@ def test_shares_are_summed_over_another_group(grouped):
         return tv.Training(model, heads_training(model, gradients))
 
     mended(tv.verify(reference, parallel, ranks=4, timeout=60.0), "wrong group", "ranks [0, 1] and ranks [2, 3] instead of ranks [0, 2] and ranks [1, 3]")
+
+
+# ---- how much is tried
+class Summed(torch.autograd.Function):
+    """The sum of all ranks' shares; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return total(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+class RowParallel(Head):
+    """Each rank multiplies with one column of the head, and adds all of its bias before the sum."""
+
+    def forward(self, x):
+        own = slice(dist.get_rank(), dist.get_rank() + 1)
+        return Summed.apply(F.linear(x[:, own].contiguous(), self.head.weight[:, own], self.head.bias))
+
+
+@pytest.mark.slow
+def test_a_bias_that_is_added_by_every_rank_is_tried_for_the_ranks_that_its_sum_is_over():
+    def step(model, batch):
+        pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+        loss = plain(model, batch)
+        loss.backward()
+        dist.all_reduce(model.head.weight.grad)             # each rank has the gradient of its own column
+        return total(loss, pairs[dist.get_rank() // 2]) / 2
+
+    report = verify(step, made=RowParallel, whole_model=Head, ranks=4)
+    mended(report, "additive term", "count the bias at", " 1/4 times")
+    assert [p.detail for p in report.phases if p.name == "repair"] == ["2 trials"]      # of pairs, 1/2 would have been the first
+
+
+@pytest.mark.slow
+def test_a_loss_that_stays_wrong_ends_a_trial_before_its_backward(monkeypatch):
+    def step(model, batch):
+        """Both ranks of a pair have the same rows, and count the tokens of these alone."""
+        rank = dist.get_rank()
+        groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+        x, labels = (batch[k].chunk(2)[rank // 2] for k in ("x", "labels"))
+        loss = loss_of(model(x), labels, "sum") / (labels != -100).sum()
+        loss.backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad, group=groups[2 + rank % 2])
+        return total(loss, groups[2 + rank % 2])
+
+    replayed, found = [], []
+    real = repair.replay
+    monkeypatch.setattr(repair, "replay", lambda program, *rest: replayed.append(sum(len(t.ops) for t in program.traces)) or real(program, *rest))
+    for little in (repair.LITTLE, 0.0):
+        monkeypatch.setattr(repair, "LITTLE", little)
+        replayed.clear()
+        report = verify(step, ranks=4)
+        found.append((report.findings, list(replayed)))
+    (told, some), (again, every) = found
+    assert told == again and told[0].repair is not None
+    assert len(some) == len(every) + 1 and some[0] < 0.7 * every[0], (some, every)     # one that does not mend the loss, and one that does
