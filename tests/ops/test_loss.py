@@ -22,7 +22,8 @@ def rnd(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["nn.functional.nll_loss", "nn.functional.cross_entropy", "nn.functional.mse_loss", "nn.functional.smooth_l1_loss",
                                   "nn.functional.huber_loss", "nn.functional.binary_cross_entropy", "nn.functional.binary_cross_entropy_with_logits",
                                   "nn.functional.kl_div", "nn.functional.l1_loss", "nn.functional.margin_ranking_loss",
-                                  "nn.functional.cosine_embedding_loss", "nn.functional.poisson_nll_loss", "nn.functional.gaussian_nll_loss"])
+                                  "nn.functional.cosine_embedding_loss", "nn.functional.poisson_nll_loss", "nn.functional.gaussian_nll_loss",
+                                  "nn.functional.soft_margin_loss"])
 def test_samples(name):
     check_opinfo(name, limit=16)
 

@@ -19,9 +19,9 @@ QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None
 
 UNARY = ["neg", "reciprocal", "square", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sin", "cos", "tan",
          "sinh", "cosh", "tanh", "sigmoid", "erf", "erfc", "atan", "asin", "acos", "erfinv", "lgamma", "digamma", "floor", "ceil",
-         "trunc", "frac", "abs", "sign", "sgn", "logit", "isnan", "isinf", "isfinite", "logical_not", "positive"]
+         "trunc", "frac", "abs", "sign", "sgn", "logit", "isnan", "isinf", "isfinite", "logical_not", "positive", "asinh", "acosh", "atanh"]
 BINARY = ["add", "sub", "rsub", "mul", "true_divide", "floor_divide", "remainder", "fmod", "atan2", "maximum", "minimum", "fmax", "fmin",
-          "eq", "ne", "lt", "le", "gt", "ge", "logaddexp", "xlogy", "float_power", "logical_and", "logical_or", "logical_xor", "pow"]
+          "eq", "ne", "lt", "le", "gt", "ge", "logaddexp", "xlogy", "float_power", "logical_and", "logical_or", "logical_xor", "pow", "hypot"]
 OTHERS = ["addcmul", "addcdiv", "lerp", "clamp", "where", "masked_fill", "nan_to_num", "clone", "fill", "round", "clamp_min", "clamp_max"]
 NN = ["nn.functional.relu", "nn.functional.silu", "nn.functional.leaky_relu", "nn.functional.hardtanh", "nn.functional.softplus",
       "nn.functional.elu", "nn.functional.mish", "nn.functional.logsigmoid", "nn.functional.gelu", "nn.functional.hardswish",
@@ -48,6 +48,12 @@ def test_binary(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_more_operands(name):
     check_opinfo(name, limit=10)
+
+
+@pytest.mark.parametrize("scale,zero,low,high", [(0.1, 0, -8, 7), (0.3, 2, 0, 15)])
+def test_fake_quantisation(scale, zero, low, high):
+    """Also where it clamps, and with gradients."""
+    assert check_function(lambda x: torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, low, high).double(), rnd(20), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NN)

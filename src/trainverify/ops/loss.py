@@ -165,3 +165,19 @@ def binary_cross_entropy_with_logits(m, self, target, weight=None, pos_weight=No
         tail = m.mul(m.add(one, m.mul(m.sub(lift(m, pos_weight), one), t)), tail)
     loss = m.add(m.mul(m.sub(one, t), x), tail)
     return _reduced(m, loss if weight is None else m.mul(loss, lift(m, weight)), reduction)
+
+
+# ---- soft margin
+@rows("aten.soft_margin_loss", source="torch.nn.functional.soft_margin_loss")
+def soft_margin_loss(m, self, target, reduction=MEAN):
+    """log(1 + exp(-t x))"""
+    z = m.mul(lift(m, self), lift(m, target))
+    return _reduced(m, m.log(m.add(m.const(1), m.exp(m.neg(z)))), reduction)
+
+
+@rows("aten.soft_margin_loss_backward", source="torch.nn.functional.soft_margin_loss")
+def soft_margin_loss_backward(m, grad_output, self, target, reduction):
+    """-g * t * sigmoid(-t x)"""
+    x, t = lift(m, self), lift(m, target)
+    slope = m.div(t, m.add(m.const(1), m.exp(m.mul(t, x))))
+    return m.neg(m.mul(slope, _share(m, grad_output, x, reduction)))

@@ -255,6 +255,34 @@ for _name in ("atan", "asin", "acos", "erfinv", "lgamma", "digamma", "floor", "c
     _opaque(_name)
 
 
+@rows("aten.asinh", source="torch.asinh")
+def asinh(m, self):
+    """log(self + sqrt(self^2 + 1))"""
+    x = lift(m, self)
+    return m.log(m.add(x, m.sqrt(m.add(m.mul(x, x), m.const(1)))))
+
+
+@rows("aten.acosh", source="torch.acosh")
+def acosh(m, self):
+    """log(self + sqrt(self^2 - 1))"""
+    x = lift(m, self)
+    return m.log(m.add(x, m.sqrt(m.sub(m.mul(x, x), m.const(1)))))
+
+
+@rows("aten.atanh", source="torch.atanh")
+def atanh(m, self):
+    """log((1 + self) / (1 - self)) / 2"""
+    x, one = lift(m, self), m.const(1)
+    return m.scale(m.log(m.div(m.add(one, x), m.sub(one, x))), Fraction(1, 2))
+
+
+@rows("aten.hypot", source="torch.hypot")
+def hypot(m, self, other):
+    """sqrt(self^2 + other^2)"""
+    x, y = lift(m, self), lift(m, other)
+    return m.sqrt(m.add(m.mul(x, x), m.mul(y, y)))
+
+
 @rows("aten.atan2", source="torch.atan2")
 def atan2(m, self, other):
     """The angle of (other, self), uninterpreted"""
@@ -269,6 +297,15 @@ def round(m, self, *, decimals=0):
         return m.opaque("round", x)
     ten = Fraction(10) ** decimals
     return m.scale(m.opaque("round", m.scale(x, ten)), 1 / ten)
+
+
+@rows("aten.fake_quantize_per_tensor_affine_cachemask", source="torch.fake_quantize_per_tensor_affine")
+def fake_quantize(m, self, scale, zero_point, quant_min, quant_max):
+    """(clamp(round(x / scale + zero_point)) - zero_point) * scale, and the mask of what was not clamped; rounding is uninterpreted"""
+    low, high, zero = m.const(quant_min), m.const(quant_max), m.const(zero_point)
+    q = m.opaque("round", m.add(m.div(lift(m, self), m.const(scale)), zero))
+    kept = m.mul(m.compare("ge", q, low), m.compare("le", q, high))
+    return [m.mul(m.sub(m.minimum(m.maximum(q, low), high), zero), m.const(scale)), kept]
 
 
 @rows("aten.frac", source="torch.frac")
