@@ -34,9 +34,9 @@ class Names:
                 out.setdefault(axis, len(group))
             elif 1 < len(group) < self.world and len(group) not in out.values():
                 out[f"the size of the group {list(group)}"] = len(group)
-        out["the number of microbatches"] = self.microbatches
-        if self.world not in out.values():
+        if self.world not in out.values():        # also where as many microbatches are: nothing tells which of both it is
             out["the number of ranks"] = self.world
+        out["the number of microbatches"] = self.microbatches
         return {name: n for name, n in out.items() if n > 1}
 
     def of_factor(self, factor: Fraction) -> str:

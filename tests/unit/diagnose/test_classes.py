@@ -1,6 +1,7 @@
 """Each class of difference, planted in a tiny program, is named as such, with the words that an engineer needs and the line to look at."""
 import inspect
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grad_norm_
 
 import trainverify as tv
+from trainverify.diagnose.words import Names
 from trainverify.report.model import Finding, Report
 
 ROWS, WIDTH, CLASSES = 6, 4, 5
@@ -277,6 +279,13 @@ def test_the_gradient_of_another_tensor():
         model.a.weight.grad, model.b.weight.grad = model.b.weight.grad, model.a.weight.grad
         optimizer.step()
     finding(verify(swapped), "other tensor", "another value of the reference: the gradient of b.weight, step 1")
+
+
+def test_a_factor_that_two_numbers_may_be():
+    names = Names({(0, 1): "", (2, 3): ""}, 4, 4)
+    assert names.of_factor(Fraction(4)) == "the number of ranks = the number of microbatches"
+    assert names.of_factor(Fraction(1, 2)) == "1/(the size of the group [0, 1])"
+    assert Names({(0, 1): "dp"}, 2, 2).of_factor(Fraction(2)) == "dp = the number of microbatches"
 
 
 def test_a_gradient_of_the_step_before():
