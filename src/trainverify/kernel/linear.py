@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from math import lcm
 
 import numpy as np
 
@@ -120,7 +121,8 @@ class Shares:
 def products(store: Store, equation: Equation) -> dict[tuple[int, ...], Fraction] | None:
     """The combination as one of products of two identifiers, and of single ones that are none (-1 stands for the number 1); None if there are
     too many or one may be undefined."""
-    out: dict[tuple[int, ...], Fraction] = {}
+    found: list[tuple[Fraction, list[tuple[int, ...]]]] = []
+    met: set[tuple[int, ...]] = set()
     todo = [(c, np.array([i])) for i, c in equation]
     while todo:
         flat = combination(store, todo)
@@ -128,12 +130,23 @@ def products(store: Store, equation: Equation) -> dict[tuple[int, ...], Fraction
             return None
         todo = []
         for c, arrays in flat.items():
-            for x, y in _factors(store, np.concatenate(arrays), todo, c):
-                key = (x,) if y is None else (x, y) if x < y else (y, x)
-                out[key] = out.get(key, 0) + c
-        if len(out) > PRODUCTS:
+            keys = [(x,) if y is None else (x, y) if x < y else (y, x) for x, y in _factors(store, np.concatenate(arrays), todo, c)]
+            found.append((c, keys))
+            met.update(keys)
+        if len(met) > PRODUCTS:
             return None
-    return {p: c for p, c in out.items() if c}
+    return _collected(found)
+
+
+def _collected(found: list[tuple[Fraction, list[tuple[int, ...]]]]) -> dict[tuple[int, ...], Fraction]:
+    """The coefficient of each product, without those that cancel: added up over a common denominator, since most are met often and few are left."""
+    denominator = lcm(1, *(c.denominator for c, _ in found))
+    out: dict[tuple[int, ...], int] = {}
+    for c, keys in found:
+        weight = c.numerator * (denominator // c.denominator)
+        for key in keys:
+            out[key] = out.get(key, 0) + weight
+    return {key: Fraction(n, denominator) for key, n in out.items() if n}
 
 
 def _factors(store: Store, ids: np.ndarray, todo: list[tuple[Fraction, np.ndarray]], c: Fraction):
