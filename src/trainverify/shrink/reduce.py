@@ -11,15 +11,15 @@ from trainverify.ir.trace import Program
 from trainverify.ops.table import OpTable
 from trainverify.shrink.check import check
 from trainverify.shrink.classes import Classes, read, refusal
+from trainverify.shrink.cover import cover
 from trainverify.shrink.integers import Full, Integers, Values, check_sizes, locate
 from trainverify.shrink.known import rows_known
 from trainverify.shrink.rewrite import Rewriter
 from trainverify.shrink.solve import LEAST, Sizes, problem, solve
-from trainverify.shrink.spaces import PICK, Kept, Spaces, kept_among
+from trainverify.shrink.spaces import Kept, Spaces
 from trainverify.shrink.values import fill
 
 LARGEST = 1 << 30                             # bytes of one reduced tensor: what keeps its size is then too much to be verified
-_SPREAD = 0x9E3779B1
 ROUNDS = 6                                    # of finding the indices that occur; each adds some
 
 
@@ -136,16 +136,9 @@ def _settled(classes: Classes, integers: Integers, base: int, unlike: Kept | Non
 
 
 def _picked(spaces: Spaces) -> dict[int, set[int]]:
-    """Atoms' indices such that of all rows that data pick together (those of one expert, those from one rank to another), one at least is kept."""
+    """Atoms' indices that must be kept: such that of all rows that data pick together, one at least is."""
     required: dict[int, set[int]] = defaultdict(set)
     for s, index in spaces.fixed:
         locate(spaces, s, np.array([index]), required)
-
-    def kept(atom: int, at: np.ndarray) -> np.ndarray:
-        return np.isin(at, list(required.get(atom, ())))
-    groups = [s for s in spaces.roots() if (form := spaces.form(s)) is not None and form.kind == PICK]
-    for number, s in enumerate(sorted(groups, key=spaces.size, reverse=True)):      # any row will do: spread, so that few are in many groups
-        n = spaces.size(s)
-        if not kept_among(spaces, s, np.arange(n), kept).any():
-            locate(spaces, s, np.array([number * _SPREAD % n]), required)
+    cover(spaces, required)
     return required
