@@ -33,11 +33,13 @@ SLOW = {
     "variants": ("math_kernel", "einsum", "baddbmm", "autocast", "compiled"),
     "sharding": ("fsdp1_mixed", "zero1", "fsdp1_grad_op", "fsdp1_no_shard", "fsdp1_hybrid", "fsdp1_accumulate", "fsdp1_flat_accumulate", "other_dim", "offload",
                  "prefetch", "recompute"),
+    "other_models": ("convolutions", "recurrent", "tables", "scan", "window", "penalty", "expert_choice"),
 }
 
 
 # Whose proof is known to be whole. The others have to be equal in the field.
-PROVED = {"by_dtensor", "ulysses", "rows", "hsdp", "bf16_hook", "zero_bubble", "gpipe"}
+PROVED = {"by_dtensor", "ulysses", "rows", "hsdp", "bf16_hook", "zero_bubble", "gpipe", "convolutions", "recurrent", "tables", "scan", "window",
+          "penalty", "expert_choice"}
 
 
 MINUTES = {"baddbmm"}                         # whose proof gives up after minutes
