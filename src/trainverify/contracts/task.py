@@ -205,7 +205,7 @@ def _claimed(store: Store, mine: np.ndarray, whole: np.ndarray, parts: Sequence[
         return None
     slot, place = claim
     fixed, starts, sizes = slot == CONSTANT, np.cumsum([0, *map(len, parts)]), np.array([*map(len, parts), 0])
-    if (~fixed & ((slot >= len(parts)) | (place < 0) | (place >= sizes[np.minimum(slot, len(parts))]))).any():
+    if (~fixed & ((slot < 0) | (slot >= len(parts)) | (place < 0) | (place >= sizes[np.clip(slot, 0, len(parts))]))).any():
         return None
     said = np.full(len(mine), GARBAGE, I64)
     said[~fixed] = np.concatenate([*parts, np.zeros(0, I64)])[starts[slot[~fixed]] + place[~fixed]]

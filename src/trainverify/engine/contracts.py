@@ -5,6 +5,7 @@ It proves all or nothing: whatever stays open, undecided or undefined is left to
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from trainverify.contracts.algebra import Contracts
 from trainverify.contracts.docket import Again, Docket, Executor, Here, TooMuch
@@ -21,7 +22,7 @@ from trainverify.relate.symbols import Symbols
 def prove_by_contracts(reference: Program, parallel: Program, table: OpTable, symbols: Symbols, seed: int,
                        progress: Callable, lineages: Callable[[], Lineages], executor: Executor | None = None) -> Proof | None:
     """The proof of all outputs, or None. executor: who proves theorems (default: this process), which changes nothing in what is found."""
-    docket = Docket(executor or Here())
+    docket, lineages = Docket(executor or Here()), cache(lineages)        # who is asked answers once
     while True:
         docket.begin()
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import time
 import traceback
 from collections import deque
@@ -19,6 +20,8 @@ from trainverify.contracts.docket import Lost
 from trainverify.diagnostics import Diagnostic, Fault
 from trainverify.engine.beside import OUT_OF_MEMORY, is_out_of_memory, limit_memory, sendable
 from trainverify.engine.pool import DEADLINE, MEMORY, TRIES
+
+CONNECT = 10.0                                # seconds within which somebody answers at the address
 
 
 @dataclass(slots=True)
@@ -97,6 +100,9 @@ class OnRay:
     def _take(self, ref: Any, job: _Job) -> None:
         try:
             self._done.append((job.ticket, self._ray.get(ref)))
+        except self._ray.exceptions.RayTaskError as unable:
+            raise Fault(Diagnostic("RAY001", f"--engine ray: a node of the cluster cannot do the work: {str(unable).strip().splitlines()[-1]}",
+                                   fix="install this version of trainverify on every node")) from unable
         except self._ray.exceptions.RayError as gone:    # the worker or its node: what the work raises comes back as a result
             self._again(job, _words(gone, self._memory))
 
@@ -114,9 +120,12 @@ def _connected(address: str) -> Any:
     except ImportError as missing:
         raise Fault(Diagnostic("RAY001", f"--engine ray: {missing}", fix="pip install trainverify[ray]")) from missing
     try:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()     # Ray itself would try for minutes
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as failed:
-        raise Fault(Diagnostic("RAY001", f"--engine ray: no cluster at {address}: {str(failed).splitlines()[0]}", fix="start one (ray start --head), and name its address: --address HOST:PORT")) from failed
+    except (OSError, ValueError, RuntimeError) as failed:
+        raise Fault(Diagnostic("RAY001", f"--engine ray: no cluster at {address}: {str(failed).splitlines()[0]}",
+                               fix="start one (ray start --head), and name its address: --address HOST:PORT")) from failed
     return ray
 
 
