@@ -142,8 +142,9 @@ def test_a_weighted_mean_divides_by_weights_and_not_by_how_many_targets_there_ar
 SUMS = {"ones": lambda y, n: (y.square() + 1).sum(), "literal": lambda y, n: y.square().sum() + n, "wrong literal": lambda y, n: y.square().sum() + n + 1}
 
 
+@pytest.mark.parametrize("full_size", [False, True])
 @pytest.mark.parametrize("how, verdict", [("literal", "UNKNOWN"), ("wrong literal", "REFUTED")])
-def test_a_difference_at_the_reduced_sizes_alone_refutes_nothing(how, verdict):
+def test_a_difference_at_the_reduced_sizes_alone_refutes_nothing(how, verdict, full_size):
     def build(weights, batch, total):
         model = nn.Linear(24, 30, bias=False)
         if weights is not None:
@@ -160,6 +161,6 @@ def test_a_difference_at_the_reduced_sizes_alone_refutes_nothing(how, verdict):
     def reference():
         return build(None, torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), SUMS["ones"])
 
-    report = verified(reference, lambda ref: build(ref.weights, ref.batch, SUMS[how]), 1)
+    report = verified(reference, lambda ref: build(ref.weights, ref.batch, SUMS[how]), 1, full_size=full_size)
     assert {o.name: o.verdict for o in report.outputs if o.kind == "scalar"} == {"loss": verdict} and report.verdict == verdict
     assert bool(report.findings) == (verdict == "REFUTED") and ("SHAPE004" in [d.code for d in report.diagnostics]) == (verdict == "UNKNOWN")
