@@ -209,6 +209,7 @@ def by_object_collective(g):
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [by_save, by_pickle, by_object_collective])
 def test_a_gradient_that_is_saved_and_loaded_is_no_constant(way):
     """The recorded inputs alone do not tell it from a constant: neither a proof nor a difference at other inputs may rest on that."""
