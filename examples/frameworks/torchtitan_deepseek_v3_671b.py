@@ -33,18 +33,21 @@ import trainverify as tv  # noqa: E402
 from models.llama import random_batch  # noqa: E402
 
 class BalancedRouter(TokenChoiceTopKRouter):
-    """torchtitan's own balanced routing, also where tokens are sharded."""
+    """torchtitan's own balanced routing of all tokens, also where they are sharded."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
         pass
 
+    first = 0                                 # which of all tokens this rank's first one is, where it has its own
+
     def _debug_force_load_balance_routing(self, scores):
-        if not isinstance(scores, DTensor):
-            return super()._debug_force_load_balance_routing(scores)
-        rows, length, _ = scores.shape
-        experts = torch.arange(rows * length * self.top_k).reshape(rows, length, self.top_k) % self.num_experts
-        experts = distribute_tensor(experts, scores.device_mesh, scores.placements, src_data_rank=None)
+        shape = (*scores.shape[:-1], self.top_k)
+        experts = torch.arange(scores.shape[0] * scores.shape[1] * self.top_k).reshape(shape)
+        if isinstance(scores, DTensor):       # the shape is that of all tokens
+            experts = distribute_tensor(experts % self.num_experts, scores.device_mesh, scores.placements, src_data_rank=None)
+        else:
+            experts = (experts + self.first * self.top_k) % self.num_experts
         return experts, scores.gather(-1, experts)
 
 
@@ -53,7 +56,7 @@ SIZES = {"small": dict(dim=48, n_heads=8, q_lora_rank=32, kv_lora_rank=24, qk_no
                        moe_hidden_dim=16, num_experts=16, router_top_k=2),
          "671b": dict(dim=7168, n_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, dense_hidden_dim=18432,
                       moe_hidden_dim=2048, num_experts=256, router_top_k=8)}
-LENGTHS = {"small": 8, "671b": 4096}
+LENGTHS = {"small": 8, "671b": 4104}           # not 4096: each rank's tokens then go to the same experts, by the same slots
 VOCAB = {"small": 48, "671b": 129_280}
 
 
@@ -95,6 +98,8 @@ def build(size, layers, dense, how):
     if how == "fsdp":
         apply_fsdp_to_mtp_decoder(model, dims.get_mesh("fsdp"), param_dtype=torch.float32, reduce_dtype=torch.float32, pp_enabled=False, ep_degree=ranks,
                                   edp_mesh=dims.get_optional_mesh("efsdp"))
+        for router in (m for m in model.modules() if isinstance(m, BalancedRouter)):
+            router.first = torch.distributed.get_rank() * LENGTHS[size]
     model.to_empty(device="cuda")
     with torch.no_grad():
         model.init_states(buffer_device=None)

@@ -12,7 +12,7 @@ A reduction chooses for each atom which of its indices are kept; that determines
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -434,26 +434,3 @@ class Kept:
         base = np.zeros(self.spaces.size(form.parts[0]), dtype=bool)
         base[self.indices(form.parts[0])] = True
         return base[form.picked]
-
-
-def kept_among(spaces: Spaces, s: int, at: np.ndarray, atoms: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Which of these indices of s are kept; atoms(a, indices) says so of an atom."""
-    s = spaces.find(s)
-    form = spaces.form(s)
-    if form is None:
-        return atoms(s, at)
-    if form.kind == PICK:
-        return kept_among(spaces, form.parts[0], form.picked[at], atoms)
-    found = np.ones(len(at), dtype=bool)
-    if form.kind == PRODUCT:
-        size = spaces.size(s)
-        for p in form.parts:
-            size //= spaces.size(p)
-            k, at = np.divmod(at, size)
-            found &= kept_among(spaces, p, k, atoms)
-        return found
-    ends = np.cumsum([0, *map(spaces.size, form.parts)])
-    part = np.searchsorted(ends, at, side="right") - 1
-    for k in np.unique(part).tolist():
-        found[part == k] = kept_among(spaces, form.parts[k], at[part == k] - ends[k], atoms)
-    return found

@@ -8,7 +8,7 @@ import torch
 from shrink.kit import verified
 from shrink.wrong import PAIRS, Pair, exchanged, experts, spec
 from trainverify.engine.options import Options
-from trainverify.shrink.spaces import PICK, Conflict, Kept, Spaces, kept_among
+from trainverify.shrink.spaces import PICK, Conflict, Kept, Spaces
 from trainverify.verify import verify_spec
 
 FRAMEWORKS = Path(__file__).resolve().parents[3] / "examples" / "frameworks"
@@ -31,7 +31,6 @@ def test_rows_are_kept_with_what_they_come_from():
     assert kept.indices(rows).tolist() == [0, 4, 9] and kept.count(rows) == 3 and kept.before(rows, 5) == 2
     group = s.segment(rows, 4, 8)
     assert kept.indices(group).tolist() == [0]
-    assert kept_among(s, rows, np.arange(12), lambda a, at: np.isin(at, [0, 1, 5])).nonzero()[0].tolist() == [0, 4, 9]
 
 
 def test_an_order_and_back_is_the_same():
