@@ -14,7 +14,7 @@ from trainverify.contracts.task import Result, Task, address, packed, prove, unp
 from trainverify.kernel.terms import Obligation
 
 EFFORT = 8_000                                # operations evaluated for all theorems: a program that needs more does not repeat itself
-MOST_AGAIN = 4                                # replays under claims; then each task is waited for
+MOST_AGAIN = 2                                # replays under claims; then each task is waited for
 
 
 class TooMuch(Exception):

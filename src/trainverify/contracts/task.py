@@ -34,7 +34,7 @@ from trainverify.relate.guess import Dictionary
 Claim = tuple[np.ndarray, np.ndarray]         # per element the value (CONSTANT: zero or an infinity) and place (the bits of such a constant)
 CLAIMED = {int(bits(torch.tensor([x], dtype=torch.float64))[0]): i for x, i in ((0.0, ZERO_ID), (math.inf, INF_ID), (-math.inf, NINF_ID))}
 
-remembered = lru_cache(maxsize=1 << 12)(prove_obligation)        # a verdict depends on nothing else
+remembered = lru_cache(maxsize=1 << 9)(prove_obligation)        # a verdict depends on nothing else
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ def corrupted(monkeypatch, every: int) -> None:
     monkeypatch.setattr(predict.Predictor, "claim", claim)
 
 
-@pytest.mark.parametrize("most", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("most", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_claims_that_are_wrong_cost_time_and_nothing_else(spec, plain, monkeypatch, most):
     corrupted(monkeypatch, 3)
     monkeypatch.setattr(docket, "MOST_AGAIN", most)

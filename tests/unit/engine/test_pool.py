@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainverify import cli
 from trainverify.contracts.docket import Lost
+from trainverify.diagnostics import Fault
+from trainverify.engine.options import Options
 from trainverify.engine.pool import Pool
 
 
@@ -111,6 +114,19 @@ def test_a_worker_that_is_killed_between_tasks_costs_nothing():
     pool = Pool(upper, 1)
     os.kill(pool.pids[0], signal.SIGKILL)
     assert results(pool, [b"a", b"b"]) == [b"A", b"B"]
+
+
+@pytest.mark.parametrize("words", [["--engine", "ray"], ["--address", "127.0.0.1:6379"]], ids=" ".join)
+def test_what_cannot_be_asked_for_is_usage(words, tmp_path, capsys):
+    (tmp_path / "spec.py").write_text("")
+    assert cli.main(["verify", str(tmp_path / "spec.py"), *words]) == 2 and words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [{"engine": "ray"}, {"address": "127.0.0.1:6379"}, {"jobs": 0}, {"engine": "elsewhere"}], ids=str)
+def test_what_cannot_be_asked_for_is_a_fault(given):
+    with pytest.raises(Fault, match=next(iter(given))) as caught:
+        Options(**given).check()
+    assert caught.value.diagnostics[0].code == "OPT001"
 
 
 INTERRUPTED = '''
