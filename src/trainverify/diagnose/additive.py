@@ -66,7 +66,7 @@ class Sums:
             uneven = len(set(here)) > len(set(due))   # the terms are right, and added wrongly
             culprit = max((i for i, b in enumerate(due) if b), key=lambda i: abs(here[i] / due[i]))
             return Relation("reweighted", "REL013", self._weights_text(shares, here, due), ratio=labels, at=shares.terms[culprit].taken if uneven else None,
-                            same=("reweighted", labels))
+                            same=("reweighted", labels), fix=_reduced_again(labels))
         same = (tuple(shares.labels[i][0] for i in missing), tuple(shares.labels[i][0] for i in extra))
         lost, more = self._made(c, shares, missing), self._made(c, shares, extra)
         own = [t.taken for t, a in zip(shares.terms, here) if a and t.rank == p.rank and t.taken is not None]
@@ -291,3 +291,14 @@ def _proportion(weights: list[Fraction]) -> str:
     divisor = math.gcd(*whole) or 1
     shown = [str(w // divisor) for w in whole]
     return " : ".join(shown[:8]) + (f" : ... {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+def _reduced_again(ratio: tuple[tuple[tuple[int, int], Fraction], ...]) -> str:
+    """What to do where on every rank each microbatch counts n times as much as the next: its gradient is summed again with every later one."""
+    weights: dict[int, list[Fraction]] = {}
+    for (rank, _), due in sorted(ratio):
+        weights.setdefault(rank, []).append(1 / due if due else Fraction(0))
+    steps = {a / b if b else Fraction(0) for its in weights.values() for a, b in zip(its, its[1:]) if a != b}      # one microbatch may have several terms
+    if len(steps) != 1 or (n := steps.pop()) < 2 or n.denominator != 1:
+        return ""
+    return f"each gradient is summed {n}-fold again with every later microbatch: reduce once, after the last of them, or only what is new"

@@ -75,7 +75,7 @@ class Writer:
         span = self.flow.span(place)
         return Finding(
             Diagnostic(relation.code, message, "error" if sure else "warning", span, tuple(sorted(origin.ranks)),
-                       (*((MISSING,) if late and used else self._arrived(origin)), *_shown(judgements, sure))),
+                       (*((MISSING,) if late and used else self._arrived(origin)), *_shown(judgements, sure)), relation.fix),
             self.flow.call(place).name, self._modules(origin, place),
             self._places([*after, *self._used_at(judgements)], span), relation.text, operands(self.search, self.relations, node),
             len(judgements), witnesses(judgements), relation.kind)
@@ -83,7 +83,7 @@ class Writer:
     def instead(self, finding: Finding, relation: Relation, node: Node, judgements: list[Judgement]) -> Finding:
         """The finding told by another relation, at the call that it is about; where it was told before is one of the places that are named."""
         old, span = finding.diagnostic, self.flow.span(node)
-        diagnostic = msgspec.structs.replace(old, code=relation.code, message=self._message(relation, judgements), span=span, notes=())
+        diagnostic = msgspec.structs.replace(old, code=relation.code, message=self._message(relation, judgements), span=span, notes=(), fix=relation.fix)
         return msgspec.structs.replace(finding, diagnostic=diagnostic, op=self.flow.call(node).name, algebra=relation.text, diagnosis=relation.kind,
                                        modules=tuple(m for m in (span.module if span is not None else "",) if m),
                                        operands=operands(self.search, self.relations, node), used_at=self._places([old.span, *finding.used_at], span))
@@ -98,7 +98,7 @@ class Writer:
                for n in self.flow.writer(w.piece.rank, w.piece.recorded.ref, w.piece.recorded.call.index)[:1]]
         places = self._places([*(self.flow.span(n) for n in last), *writers, *own, *self._used_at(judgements)], None)
         severity = "error" if any(j.wrong for j in judgements) else "warning"
-        return Finding(Diagnostic(relation.code, self._message(relation, judgements), severity, places[0] if places else None, tuple(sorted(wrong))),
+        return Finding(Diagnostic(relation.code, self._message(relation, judgements), severity, places[0] if places else None, tuple(sorted(wrong)), fix=relation.fix),
                        "", (), places[1:], relation.text, (), len(judgements), witnesses(judgements), relation.kind)
 
     def _modules(self, origin: Origin, place: Node) -> tuple[str, ...]:

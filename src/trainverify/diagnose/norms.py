@@ -52,7 +52,7 @@ class Norms:
                     right = f"norm^2 = the squares of what {self.names.over(group)} hold"
                     return Relation("partial sum", "REL002", right, detail=what, same=("norm", group))
                 return _additive(f"what several of {self.names.over(group)} hold is counted on each of them",
-                                 f"the squares of what each of {self.names.over(group)} holds, replicas as well")
+                                 f"the squares of what each of {self.names.over(group)} holds, replicas as well", ONCE)
         return None
 
     def _on(self, group: tuple[int, ...]) -> float:
@@ -86,6 +86,10 @@ class Norms:
         return None
 
 
+ONCE = "add the squares of what several ranks hold on one of them alone; sum over ranks only the squares of parts"
+TWICE = "count these squares once: the parameter is in the list twice, or several ranks hold it, of which one alone should count it"
+
+
 def _whole(c: Compared):
     """The reference's whole gradient, before clipping where its pieces are."""
     part = c.pieces[0].reference
@@ -95,12 +99,13 @@ def _whole(c: Compared):
 def _counted(names: tuple[str, ...], times: Fraction) -> Relation:
     told = _some(names)
     if times == 0:
-        return _additive(f"{told} is not counted", f"reference's - the squares of {told}")
-    return _additive(f"{told} counts {times} times", f"reference's + {times - 1} x the squares of {told}")
+        return _additive(f"{told} is not counted", f"reference's - the squares of {told}", "look at the list of parameters that the norm is taken of: these are not in it")
+    right = f"reference's + {times - 1} x the squares of {told}"
+    return _additive(f"{told} counts {times} times", right, TWICE if times > 1 else "sum these squares over all ranks that hold a part of them, before the root is taken")
 
 
-def _additive(detail: str, right: str) -> Relation:
-    return Relation("additive term", "REL014", f"norm^2 = {right}", detail=detail, same=("norm", detail))
+def _additive(detail: str, right: str, fix: str = "") -> Relation:
+    return Relation("additive term", "REL014", f"norm^2 = {right}", detail=detail, same=("norm", detail), fix=fix)
 
 
 def _some(names: tuple[str, ...]) -> str:

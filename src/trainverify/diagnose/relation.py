@@ -23,7 +23,7 @@ UPDATED = ("parameter", "buffer", "state")
 class Relation:
     """kind: the class of the finding; text the statement in algebra; factor of a multiple; ranks: the group of a partial sum; ratio: of
     reweighted terms, by (rank, number), how much more the reference counts each; at: the call that adds what should not be added; same: what relations of other
-    outputs with the same cause have in common."""
+    outputs with the same cause have in common; fix: what to do, where that is known better than for all of its kind."""
 
     kind: str
     code: str
@@ -34,6 +34,7 @@ class Relation:
     ratio: tuple[tuple[tuple[int, int], Fraction], ...] = ()
     at: tuple[int, int] | None = None
     same: tuple = ()
+    fix: str = ""
 
 
 OTHER = Relation("other", "REL001")

@@ -85,7 +85,9 @@ def repaired(job: Job) -> list[Finding]:
         keys = concerned[i]
         if not broken & keys and broken <= before:
             n = len(keys & proved)
-            out[i] = msgspec.structs.replace(_told(job, i, candidate), repair=Repair(candidate.text, n == len(keys), n, len(keys)))
+            told = _told(job, i, candidate)
+            out[i] = msgspec.structs.replace(told, repair=Repair(candidate.text, n == len(keys), n, len(keys)),
+                                             diagnostic=msgspec.structs.replace(told.diagnostic, fix=""))      # the repair says what to do
     return out
 
 

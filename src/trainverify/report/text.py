@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Sequence
 from typing import TextIO
 
+import msgspec
+
 from trainverify.diagnostics import Diagnostic, Span
 from trainverify.report.advice import advice
 from trainverify.report.counterexample import counterexample_lines
@@ -170,14 +172,14 @@ def finding_lines(report: Report, index: int, width: int = WIDTH) -> list[str]:
     f = report.findings[index]
     span = f.diagnostic.span
     modules = f.modules or ((span.module,) if span and span.module else ())
-    extra = [("algebra:", f.algebra), ("repair:", "" if f.repair is None else str(f.repair)), ("try:", advice(f)),
+    extra = [("algebra:", f.algebra), ("repair:", "" if f.repair is None else str(f.repair)), ("help:", f.diagnostic.fix), ("try:", advice(f)),
              ("explains:", count_of(f.explains, "output") + _explained_kinds(report, index) if f.explains else ""),
              ("modules:", ", ".join(fold_names(modules))), ("operation:", f.op), *_operands(f)]
     extra += [("used at:", f"{short_path(s.file)}:{s.line}" + (f" in {s.function}" if s.function else "")) for s in f.used_at if s.file]
     if span and span.stack:
         extra.append(("called from:", " < ".join(f"{short_path(file)}:{line} {name}" for file, line, name in span.stack)))
     extra = [(label, text) for label, text in extra if text]
-    return diagnostic_lines(f.diagnostic, width, f.op, extra) + _counterexample(f, width)
+    return diagnostic_lines(msgspec.structs.replace(f.diagnostic, fix=""), width, f.op, extra) + _counterexample(f, width)
 
 
 def _operands(f: Finding) -> list[tuple[str, str]]:

@@ -46,7 +46,7 @@ def plain(model, data, optimizer):
     optimizer.zero_grad()
 
 
-def verify(step: Callable, reference_step: Callable = plain, ranks: int = 1, steps: int = 1, momentum: float = 0.0) -> Report:
+def verify(step: Callable, reference_step: Callable = plain, ranks: int = 1, steps: int = 1, momentum: float = 0.0, repair: bool = True) -> Report:
     """step(model, batch, optimizer) against reference_step, on every rank with the reference's weights."""
     def training(model, data, one_step):
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum)
@@ -63,7 +63,7 @@ def verify(step: Callable, reference_step: Callable = plain, ranks: int = 1, ste
         model.load_state_dict(ref.weights)
         return training(model, ref.batch, step)
 
-    return tv.verify(reference, parallel, ranks=ranks, steps=steps, timeout=60.0)
+    return tv.verify(reference, parallel, ranks=ranks, steps=steps, timeout=60.0, repair=repair)
 
 
 def finding(report: Report, diagnosis: str, *words: str) -> Finding:

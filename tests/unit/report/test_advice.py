@@ -8,7 +8,7 @@ from trainverify.report.text import render
 
 from .reports import refuted
 
-CLASSES = ("multiple", "partial sum", "permutation", "other tensor", "reweighted", "additive term", "stale", "never updated", "uninitialised", "decision", "other")
+CLASSES = ("multiple", "partial sum", "permutation", "other tensor", "reweighted", "additive term", "wrong group", "stale", "never updated", "uninitialised", "decision", "other")
 
 
 @pytest.mark.parametrize("diagnosis", CLASSES)
