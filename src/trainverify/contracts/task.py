@@ -48,8 +48,8 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Values are counted through: leaves (and other operands) of these sizes, then steps of the reference, then operations of the open block, the last of which is
-    asked about. same: leaves that are a step's result, and that step. claim: what the block divided by the factor is said to be. constants: what is known of
+    """Values are counted through: leaves (and other operands) of these sizes, then steps of the reference, then operations of the open block, the last
+    of which is asked about. same: leaves that are a step's result, and that step. claim: what the block divided by the factor is said to be. constants: what is known of
     those in patterns."""
 
     seed: int
@@ -109,7 +109,8 @@ def packed(task: Task) -> bytes:
     steps, mine = tuple(map(of, task.steps)), tuple(map(of, task.mine))
     claim = None if task.claim is None else tuple([a.tobytes() for a in task.claim])
     constants = tuple([(e.value, e.residues, e.odd, e.meaning and (_ratio(e.meaning[0]), e.meaning[1]), e.rational) for e in task.constants])
-    return marshal.dumps((task.seed, tuple(map(_ratio, task.factors)), task.sizes, steps, task.same, mine, _ratio(task.factor), claim, constants, tuple(table)), 2)
+    factors = tuple(map(_ratio, task.factors))
+    return marshal.dumps((task.seed, factors, task.sizes, steps, task.same, mine, _ratio(task.factor), claim, constants, tuple(table)), 2)
 
 
 def address(task: bytes) -> bytes:

@@ -2,8 +2,8 @@
 
 Candidates are the reference's blocks that can be computed from the leaves alone. They and the open block's expression are evaluated in the
 kernel's terms over fresh symbols; the kernel merges what it proves (`task.py`). Where numbers say what all of the block's elements are
-(`predict.py`), that is a claim, and somebody else may prove it meanwhile (`docket.py`). A theorem lists the reference's operations that it speaks of. It holds for
-another block of the same form if the reference did the same operations on that block's leaves, which is looked up.
+(`predict.py`), that is a claim, and somebody else may prove it meanwhile (`docket.py`). A theorem lists the reference's operations that it speaks of.
+It holds for another block of the same form if the reference did the same operations on that block's leaves, which is looked up.
 """
 from __future__ import annotations
 

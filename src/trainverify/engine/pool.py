@@ -1,8 +1,8 @@
 """A supervised pool of worker processes: tasks are done side by side, and no task can take the run with it (not trusted to say what a result means).
 
-Workers are forks. Each has a limit on memory, and on wall clock for each task. One that dies, hangs or outgrows its limit is replaced; the task that it was at is
-tried once more, and then has no result but the reason (`Lost`). Tasks that waited behind it lose nothing. All of it happens while the owner asks: there
-is no thread. Workers die with their owner, however that ends.
+Workers are forks. Each has a limit on memory, and on wall clock for each task. One that dies, hangs or outgrows its limit is replaced; the task that
+it was at is tried once more, and then has no result but the reason (`Lost`). Tasks that waited behind it lose nothing. All of it happens while the owner
+asks: there is no thread. Workers die with their owner, however that ends.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The same work on a Ray cluster that runs already: tasks go to its nodes, each of which has this version of trainverify (not trusted to say what a result means).
+"""The same work on a Ray cluster that runs already: tasks go to its nodes (not trusted to say what a result means).
 
-As in the pool: a worker that dies, hangs or outgrows its memory costs the task that it was at, which is tried once more. The cluster gets no more tasks at a time
-than it has processors, so that a task's clock starts when it does.
+Each node has this version of trainverify. As in the pool, a worker that dies, hangs or outgrows its memory costs the task that it was at, which is tried
+once more. The cluster gets no more tasks at a time than it has processors, so that a task's clock starts when it does.
 """
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def _connected(address: str) -> Any:
 
 def _words(gone: Exception, memory: int) -> str:
     text = str(gone)
-    return f"it needs more than {memory >> 20:,} MB" if f"exit code {OUT_OF_MEMORY}" in text or "emory" in type(gone).__name__ else f"its worker was lost ({type(gone).__name__})"
+    if f"exit code {OUT_OF_MEMORY}" in text or "emory" in type(gone).__name__:
+        return f"it needs more than {memory >> 20:,} MB"
+    return f"its worker was lost ({type(gone).__name__})"
 
 
 @functools.cache
