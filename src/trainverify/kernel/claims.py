@@ -30,9 +30,10 @@ LADDER = ((300, False), (300, True), (2000, False))
 DEPTH = 24                                    # unfoldings in a row
 PILOT = 4                                     # rows that are tried before all rows of a kind are unfolded
 PATIENCE = 200_000                            # effort that a run may lose to claims that fail, plus half the number of identifiers; then it unfolds no more
-# Effort that one claim may cost in a row without that any of its rows is proved: of the parallel program; of the reference, where a claim
-# that fails loses nothing but that its twins are two identifiers; and that something is zero which the reference could not show to be zero.
-ALONE, ALONE_IN_REFERENCE, ALONE_AS_ZERO = 40_000, 10_000, 5_000
+# Effort that one claim may cost in a row without that any of its rows is proved: of the parallel program (sums over many ranks take 100,000 before
+# the first is); of the reference, where a claim that fails loses nothing but that its twins are two identifiers; and that something is zero
+# which the reference could not show to be zero.
+ALONE, ALONE_IN_REFERENCE, ALONE_AS_ZERO = 250_000, 10_000, 5_000
 GIVE_UP = 3                                   # failures of a kind of claim before it is not tried again
 SHARES = 64                                   # summands up to which a sum may be one of shares
 SUMS = 32                                     # rows of a call that are tried as long sums
