@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--accept", metavar="FILE:LINE", action="append", default=[], type=_place, help="take the unmatched decision at this line as an assumption")
     verify.add_argument("--routings", metavar="N", type=_positive, default=1, help="where data decides a routing: verify it for N draws of the values of weights and float inputs, and of token ids where the spec seeds them by tv.routing(), a script by {routing}")
     verify.add_argument("--dry-run", action="store_true", help="bindings and data coverage only; compares nothing, so never exits 0")
-    verify.add_argument("--jobs", metavar="N", type=_positive, default=2, help="from 2 on (default: 2): prove in a process beside the replay, and theorems about deep programs in N - 1 more; 1: all in this one; the report is the same")
+    verify.add_argument("--jobs", metavar="N", type=_positive, default=2, help="from 2 on (default: 2): prove in a process beside the replay, and theorems about deep programs in N - 2 more; 1: all in this one; the report is the same")
     verify.add_argument("--engine", choices=("local", "ray"), default="local", help="where theorems about deep programs are proved: on this machine (default), or by a Ray cluster (pip install trainverify[ray])")
     verify.add_argument("--address", metavar="HOST:PORT", default="", help="with --engine ray: of the cluster, which runs already")
     verify.add_argument("--no-cache", action="store_true", help="work the verdict out again, also where an earlier run on identical programs has")

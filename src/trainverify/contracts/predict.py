@@ -17,38 +17,46 @@ from trainverify.contracts.patterns import CONSTANT, I32, I64, bits
 from trainverify.contracts.task import Claim, Task
 
 NEAR = 1e-12                                  # relative: two float64 evaluations of one number
-LOW, HIGH = 0.5, 1.5                          # values of leaves: logarithms and roots of them are defined
+DRAWS = ((0.5, 1.5), (-1.5, 1.5))             # values of leaves: logarithms and roots are defined; then others, so that no maximum is taken for its largest
 
 
 class Predictor:
     def __init__(self, real: Real):
         self._real = real
-        self._drawn: dict[tuple[int, int], RealValue] = {}
+        self._drawn: dict[tuple[int, int, int], RealValue] = {}
 
     def claim(self, task: Task) -> Claim | None:
         """Per element of the block, divided by the factor, a part and place with its number, or zero, or an infinity; None: some are no such thing."""
-        values = self._values(task)
-        if values is None:
-            return None
-        parts = [v.t.reshape(-1).numpy() for v in values[:len(task.sizes) + len(task.steps)]]
-        mine = values[-1].t.reshape(-1).numpy() / float(task.factor)
+        if any(o.signature.name == "opaque" and not self._real.knows(o.signature.attr) for o in chain(task.steps, task.mine)):
+            return None                       # float64 knows nothing of it
+        numbers, mine = self._numbers(task, 0)
         plain = np.isfinite(mine) & (mine != 0)
         if np.isnan(mine).any():
             return None
-        at = _equal(np.concatenate([*parts, np.zeros(0)]), mine[plain])
-        if at is None:
+        at = _equal(numbers, mine[plain])
+        if at is None or not self._holds_elsewhere(task, at, plain):
             return None
-        starts = np.cumsum([0, *map(len, parts)])
+        starts = np.cumsum([0, *task.sizes, *(o.size for o in task.steps)])
         slot, place = np.full(len(mine), CONSTANT, I32), bits(torch.from_numpy(mine))
         slot[plain] = np.searchsorted(starts, at, side="right") - 1
         place[plain] = at - starts[slot[plain]]
         return slot, place
 
-    def _values(self, task: Task) -> list[RealValue] | None:
-        """All values of a task; None: it has a function that float64 knows nothing of."""
-        if any(o.signature.name == "opaque" and not self._real.knows(o.signature.attr) for o in chain(task.steps, task.mine)):
-            return None
-        values = [self._leaf(i, n) for i, n in enumerate(task.sizes)]
+    def _holds_elsewhere(self, task: Task, at: np.ndarray, plain: np.ndarray) -> bool:
+        """Whether what is equal at the first draw is so at the second, as far as that is defined."""
+        numbers, mine = self._numbers(task, 1)
+        said, fixed = numbers[at], mine[~plain]
+        apart = np.abs(said - mine[plain]) > NEAR * np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)
+        return not (apart | np.isnan(said) & np.isfinite(mine[plain])).any() and not (np.isfinite(fixed) & (fixed != 0)).any()
+
+    def _numbers(self, task: Task, draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of all parts, and those of the block divided by the factor."""
+        values = self._values(task, draw)
+        parts = [v.t.reshape(-1).numpy() for v in values[:len(task.sizes) + len(task.steps)]]
+        return np.concatenate([*parts, np.zeros(0)]), values[-1].t.reshape(-1).numpy() / float(task.factor)
+
+    def _values(self, task: Task, draw: int) -> list[RealValue]:
+        values = [self._leaf(i, n, draw) for i, n in enumerate(task.sizes)]
         for o in task.steps:
             values.append(self._real.reshape(apply(self._real, o.signature, [values[x] for x in o.operands]), (o.size,)))
         for leaf, step in task.same:
@@ -57,10 +65,10 @@ class Predictor:
             values.append(self._real.reshape(apply(self._real, o.signature, [values[x] for x in o.operands]), (o.size,)))
         return values
 
-    def _leaf(self, i: int, size: int) -> RealValue:
-        found = self._drawn.get((i, size))
+    def _leaf(self, i: int, size: int, draw: int) -> RealValue:
+        found = self._drawn.get((i, size, draw))
         if found is None:
-            found = self._drawn[i, size] = self._real.data(torch.from_numpy(np.random.default_rng((i, size)).uniform(LOW, HIGH, size)))
+            found = self._drawn[i, size, draw] = self._real.data(torch.from_numpy(np.random.default_rng((i, size, draw)).uniform(*DRAWS[draw], size)))
         return found
 
 

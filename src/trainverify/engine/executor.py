@@ -10,10 +10,11 @@ from trainverify.engine.pool import Pool
 
 @contextmanager
 def executor(jobs: int, ray: str = "") -> Iterator[Executor]:
-    """jobs: processes that analyse, one of which replays. ray: address of a cluster. Nothing runs any more when the context ends."""
+    """jobs: processes that analyse; one replays in numbers and one proves, so that from the third on they are workers. ray: address of a cluster. Nothing
+    runs any more when the context ends."""
     if ray:
         from trainverify.engine.ray import OnRay
-    made = OnRay(work, ray) if ray else Pool(work, jobs - 1) if jobs > 1 else Here()
+    made = OnRay(work, ray) if ray else Pool(work, jobs - 2) if jobs > 2 else Here()
     try:
         yield made
     finally:

@@ -17,7 +17,7 @@ class Options:
     """ranks: world size (None: the spec's RANKS); timeout: seconds of wall clock for each capture; accept: FILE:LINE of decisions
     that the user takes as matched; stand_ins: packages whose functions are taken as plain PyTorch; keep: keep the traces under workdir; second_opinion: "z3" or "cvc5" is asked about what was proved;
     certificate: a file for the proved obligations; dump_unknown: a folder for those that were not; counterexample: a file for a script
-    that shows a difference; jobs: processes that analyse (from 2 on: the proof beside the rest, with all but one of them for theorems; the report is the same);
+    that shows a difference; jobs: processes that analyse (from 2 on: the proof beside the rest, with all but two of them for theorems; the report is the same);
     engine: "local" or "ray": where theorems are proved; address: of the Ray cluster; repair: try repairs of
     what is refuted; self_test: plant bugs and see which the spec shows; full_size: capture sizes without the values of floats (implies reduce);
     routing: from 1 on, symbols have other values, for which data may be routed otherwise; cache: a verdict may be that of an earlier run on identical programs."""

@@ -4,14 +4,17 @@ import random
 import signal
 from collections import deque
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from trainverify.algebra.real import Real
 from trainverify.contracts import docket, predict, task
 from trainverify.contracts.docket import Again, Docket, Here, Lost, work
-from trainverify.contracts.patterns import CONSTANT
-from trainverify.contracts.task import packed, prove, unpacked
+from trainverify.contracts.graph import Signature
+from trainverify.contracts.patterns import CONSTANT, Pattern
+from trainverify.contracts.task import Operation, Task, packed, prove, unpacked
 from trainverify.engine import analysis
 from trainverify.engine import executor as executors
 from trainverify.engine.contracts import prove_by_contracts
@@ -159,6 +162,17 @@ def test_a_claim_about_what_is_not_there_does_not_hold(tasks):
         assert prove(a).holds and not prove(replace(a, claim=claim)).holds
 
 
+@pytest.mark.parametrize("name", ["maximum", "minimum"])
+def test_the_largest_of_numbers_is_not_said_to_be_one_of_them(name):
+    def of(name, *operands):
+        whole = Pattern(0, (4,), np.zeros(4, np.int32), np.arange(4), 1)
+        return Operation(Signature(name, None, (whole,) * len(operands), tuple((i,) for i in range(len(operands))), len(operands)), operands, 4)
+    predictor, ask = predict.Predictor(Real(lambda *a: None)), lambda *mine: Task(3, (), (4, 4), (), (), mine, Fraction(1), None, ())
+    assert predictor.claim(ask(of(name, 0, 1))) is None
+    slot, place = predictor.claim(ask(of("neg", 1), of("neg", 2)))
+    assert slot.tolist() == [1] * 4 and place.tolist() == [0, 1, 2, 3]
+
+
 def test_nothing_counts_before_it_is_discharged(tasks):
     """What a replay assumed is asked for at its end."""
     data = next(t for t in tasks if unpacked(t).claim is not None)
@@ -187,8 +201,9 @@ def deep(monkeypatch):
     monkeypatch.setattr(analysis, "DEEP", 0)
 
 
+@pytest.mark.slow
 def test_one_process_and_more_give_the_same_report(spec, deep):
-    reports = [verify_spec(spec, Options(case={"layers": 2}, jobs=jobs, steps=1)) for jobs in (1, 2, 3)]
+    reports = [verify_spec(spec, Options(case={"layers": 2}, jobs=jobs, steps=1)) for jobs in (1, 2, 3, 4)]
     details = {p.detail for r in reports for p in r.phases if p.name == "prove"}
     assert reports[0].verdict == "PROVED" and len(details) == 1 and "distinct obligations" in details.pop()
     assert len({normal(r) for r in reports}) == 1
@@ -204,7 +219,7 @@ def test_theorems_that_are_lost_are_told_and_the_rest_is_proved_without_them(spe
     proof = proof_of(captured(spec, layers=2), Pool(killed, 2))
     assert proof is not None and not proof.proved and [d.code for d in proof.diagnostics] == ["PROVE002"] and "SIGKILL" in proof.diagnostics[0].message
     monkeypatch.setattr(analysis, "prove_programs", lambda *a: analysis.Proof())
-    found = analysis.analyse(*captured(spec, layers=2), jobs=2)
+    found = analysis.analyse(*captured(spec, layers=2), jobs=3)
     assert {j.verdict for j in found.judgements} == {"UNKNOWN"} and "PROVE002" in {d.code for d in found.diagnostics}
 
 
