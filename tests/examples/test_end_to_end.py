@@ -11,6 +11,7 @@ from trainverify.report.model import Report
 from trainverify.verify import verify_spec
 
 ROOT = Path(__file__).resolve().parents[2]
+LONG = {"llama_405b"}                          # half a minute: eight ranks
 
 
 def run(path: Path, case: dict, seed: int = 0) -> Report:
@@ -21,7 +22,7 @@ def not_proved(report: Report) -> list:
     return [(o.kind, o.name, o.step, o.verdict, o.reason) for o in report.outputs if o.verdict != "PROVED"]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [pytest.param(e, marks=pytest.mark.slow if e.name in LONG else (), id=e.name) for e in EXAMPLES])
 def test_a_correct_example_is_proved(example: Example):
     report = run(example.path, example.case or {})
     assert report.verdict == "PROVED", not_proved(report) or report.diagnostics

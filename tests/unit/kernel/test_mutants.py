@@ -113,7 +113,7 @@ MUTANTS = {
     "claims: the factor is not in the obligation": ("claims", "differences", "rolled", "            if c != 1:\n", "            if c == 2:\n"),
     "claims: what is not proved is merged": ("claims", "zeros of partial functions", "honest", "at = at[proved]", "at = at[proved | True]"),
     "claims: refuted is good enough": ("claims", "zeros of partial functions", "honest",
-        'if isinstance(verdict, Proved):\n                ok[index] = True\n                self.counts[f"proved {verdict.how}"] += len(index)',
+        'if isinstance(verdict, Proved):\n                ok[index], self._hopeful = True, self._effort\n                self.counts[f"proved {verdict.how}"] += len(index)',
         "if isinstance(verdict, (Proved, Refuted)):\n                ok[index] = True"),
     "claims: one row for all of its shape": ("claims", "differences", "rolled",
         "first, kind = distinct(names)\n        width =",
