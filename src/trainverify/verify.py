@@ -270,7 +270,7 @@ def _analyse(report: Report, reference, parallel, extra_rows, options: Options, 
     if options.reduce and not options.dry_run:
         from trainverify.shrink.verdict import Runs
 
-        return Runs(report, lambda r, a, b: _analyse_anew(r, a, b, extra_rows, options, progress), options.cross_check, progress).run(reference, parallel, extra_rows)
+        return Runs(report, lambda r, a, b: _analyse_anew(r, a, b, extra_rows, options, progress), options.cross_check, options.jobs, progress).run(reference, parallel, extra_rows)
     address = cache.key(reference, parallel, options, report.diagnostics) if cache.is_used(options, extra_rows) else ""
     if address and cache.recall(address, report):
         return

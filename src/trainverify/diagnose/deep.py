@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from trainverify.diagnose.dataflow import Dataflow, Node
 from trainverify.diagnose.explain import ORDER, Explanation

@@ -61,6 +61,15 @@ class Analysis:
         return f"equal at {2 if self.second is None else 4} field points, error <= 2^-{self.first.field.error_bits}"
 
 
+def is_deep(reference: Program, parallel: Program) -> bool:
+    """Whether contracts are tried first, and nothing is replayed in a field if they prove all."""
+    return _calls(reference, parallel) > DEEP
+
+
+def _calls(reference: Program, parallel: Program) -> int:
+    return sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
+
+
 def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tuple[str, ...] = (), extra_rows=(), jobs: int = 1, ray: str = "",
             progress: Callable = lambda *a, **k: None, watch=None, proofs: bool = True, in_field: bool = False) -> Analysis:
     """Replay, compare, prove and judge. A difference in the field is confirmed by a second seed before it counts; `watch` (for
@@ -69,9 +78,8 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
     Without proofs nothing is PROVED. A program of many calls that
     contracts prove is not replayed in the field, but where that is asked for (in_field)."""
     laps, table, symbols = Laps(), standard_table(extra_rows), Symbols(reference)
-    calls = sum(len(t.ops) for p in (reference, parallel) for t in p.traces)
     lost: list[Diagnostic] = []
-    if proofs and calls > DEEP and not in_field:
+    if proofs and is_deep(reference, parallel) and not in_field:
         outright = _outright(reference, parallel, table, symbols, seed, accept, (jobs, ray), laps, progress, lost)
         if outright is not None:
             return outright
@@ -81,7 +89,7 @@ def analyse(reference: Program, parallel: Program, *, seed: int = 0, accept: tup
 
     def prover() -> Prover | None:
         return Prover(reference, parallel, table, symbols, 2 * seed + 3, progress) if proofs else None
-    beside = Beside(prove) if proofs and jobs > 1 and calls > WORTH_A_PROCESS else None
+    beside = Beside(prove) if proofs and jobs > 1 and _calls(reference, parallel) > WORTH_A_PROCESS else None
     try:
         found = _analyse(reference, parallel, table, symbols, seed, accept, laps, progress, watch, prove, beside, prover)
     finally:

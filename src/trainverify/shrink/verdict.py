@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
 from trainverify.diagnostics import Diagnostic
+from trainverify.engine.analysis import is_deep
+from trainverify.engine.beside import Beside, Lost
 from trainverify.engine.build import overall
 from trainverify.engine.passes import replay_both
 from trainverify.engine.verdict import EXACT, ROUNDED, agrees
@@ -33,10 +36,10 @@ APART = 2                                     # how much larger the least size i
 
 
 class Runs:
-    """analyse(report, reference, parallel) fills a report with the verdict on two programs and returns what it found."""
+    """analyse(report, reference, parallel) fills a report with the verdict on two programs and returns what it found. jobs: processes."""
 
-    def __init__(self, report: Report, analyse: Callable, cross_check: bool, progress: Callable):
-        self.report, self.analyse, self.cross_check, self.progress = report, analyse, cross_check, progress
+    def __init__(self, report: Report, analyse: Callable, cross_check: bool, jobs: int, progress: Callable):
+        self.report, self.analyse, self.cross_check, self.jobs, self.progress = report, analyse, cross_check, jobs, progress
 
     def run(self, reference: Program, parallel: Program, extra_rows=()) -> None:
         table, blank, least = standard_table(extra_rows), copy.deepcopy(self.report), LEAST
@@ -47,22 +50,25 @@ class Runs:
             _restore(self.report, blank)
             self.report.phases.append(Phase("classes", read))
             small = self._reduced(reducer, least)
-            analysis = self.analyse(self.report, small.reference, small.parallel)
-            needed, short = criterion(small.classes, small.kept, analysis.proof.obligations) if analysis is not None else (0, 0)
-            if not short or not self.report.count("PROVED"):
+            with self._beside(reducer, least, small) as other:
+                analysis = self.analyse(self.report, small.reference, small.parallel)
+                needed, short = criterion(small.classes, small.kept, analysis.proof.obligations) if analysis is not None else (0, 0)
+                is_done = not short or not self.report.count("PROVED")
+                if is_done or attempt == ATTEMPTS - 1:
+                    self._conclude(small, needed, short)
+                    if self.report.count("PROVED"):
+                        self._elsewhere(reducer, least, small, analysis is None or analysis.first.field is not None, other)
+            if is_done:
                 break
             least = needed
-        self._conclude(small, needed, short)
-        if self.report.count("PROVED"):
-            self._elsewhere(reducer, least, small, analysis is None or analysis.first.field is not None)
         if analysis is not None and self.report.count("REFUTED"):
             self._at_recorded_sizes(reference, parallel, table, {j.key for j in analysis.judgements if j.verdict == "REFUTED" and j.inputs is None})
         if self.cross_check and self.report.count("PROVED"):
             self._again(reducer, least + APART, blank)
 
-    def _reduced(self, reducer: Reducer, least: int, unlike: Reduced | None = None) -> Reduced:
+    def _reduced(self, reducer: Reducer, least: int) -> Reduced:
         clock = time.perf_counter()
-        small = reducer.reduced(least, unlike and unlike.kept)
+        small = reducer.reduced(least)
         self.report.phases.append(Phase("reduce", time.perf_counter() - clock, f"sizes of at least {least} where they are reduced"))
         return small
 
@@ -80,15 +86,31 @@ class Runs:
         if report.outputs:
             report.verdict = overall(report)
 
-    def _elsewhere(self, reducer: Reducer, least: int, first: Reduced, in_field: bool) -> None:
+    @contextmanager
+    def _beside(self, reducer: Reducer, least: int, small: Reduced) -> Iterator[Beside | None]:
+        """A process that replays deep programs at other sizes in float64 while they are proved: it takes as long as a quarter of the proof."""
+        if self.jobs < 2 or not is_deep(small.reference, small.parallel):
+            yield None
+            return
+
+        def work(told: Callable, progress: Callable) -> tuple[list[Phase], set[Key]]:
+            reducer.progress = progress
+            return _at_other_sizes(reducer, least, small, None, progress)
+        beside = Beside(work)
+        try:
+            yield beside
+        finally:
+            beside.close()
+
+    def _elsewhere(self, reducer: Reducer, least: int, first: Reduced, in_field: bool, beside: Beside | None) -> None:
         """Equality where every size is another one: what is equal at one choice alone (a literal that happens to be a reduced count) is not. In the
-        field, or in float64 where the proof did without a field, too."""
-        small = self._reduced(reducer, least, first)
-        clock = time.perf_counter()
-        seed = 2 * self.report.seed + 5 if in_field else None
-        found = replay_both(small.reference, small.parallel, reducer.table, Symbols(small.reference), seed, self.progress).comparison.compared
-        self.report.phases.append(Phase("replay at other sizes", time.perf_counter() - clock))
-        differing = {key for key, c in found.items() if any(p.wrong("field") or p.undefined() if in_field else not agrees(p) for p in c.pieces)}
+        field, or in float64 where the proof did without a field, too (which a process beside may have done already)."""
+        try:
+            found = None if in_field or beside is None else beside.answer(None, self.progress)
+        except Lost:
+            found = None
+        phases, differing = found or _at_other_sizes(reducer, least, first, 2 * self.report.seed + 5 if in_field else None, self.progress)
+        self.report.phases += phases
         self._withdraw([o for o in self.report.outputs if (o.kind, o.name, o.step) in differing], "proved at one choice of sizes, and different at another")
 
     def _withdraw(self, outputs: list, why: str) -> None:
@@ -132,6 +154,16 @@ class Runs:
             self._withdraw(differing, "proved at one choice of sizes, and not at another")
         else:
             self.report.reduction = msgspec.structs.replace(self.report.reduction, cross_checked=True)
+
+
+def _at_other_sizes(reducer: Reducer, least: int, first: Reduced, seed: int | None, progress: Callable) -> tuple[list[Phase], set[Key]]:
+    """The outputs that differ where every size is another one, in a field or (seed None) in float64."""
+    clock = time.perf_counter()
+    small = reducer.reduced(least, first.kept)
+    reduced = time.perf_counter()
+    found = replay_both(small.reference, small.parallel, reducer.table, Symbols(small.reference), seed, progress).comparison.compared
+    phases = [Phase("reduce", reduced - clock, f"sizes of at least {least} where they are reduced"), Phase("replay at other sizes", time.perf_counter() - reduced)]
+    return phases, {key for key, c in found.items() if any(not agrees(p) if seed is None else p.wrong("field") or p.undefined() for p in c.pieces)}
 
 
 def _differing(reference: Program, parallel: Program, table: OpTable, progress: Callable) -> set[Key] | None:
